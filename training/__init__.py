@@ -1,0 +1,1 @@
+"""What makes a potential: configuration, checked frames, losses and the training run."""
