@@ -1,0 +1,316 @@
+"""How far off a prediction is, how well an uncertainty ranks errors and whether its size is right.
+
+Everything here is numpy in and numpy out. Errors of atoms in one frame are correlated, so intervals come
+from resampling whole frames (`bootstrap`), and every statistic takes `weights`: how often each sample
+counts, which in a bootstrap replicate is how often its frame was drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm
+from sklearn.metrics import roc_auc_score
+
+Array = NDArray[np.float64]
+
+
+def _samples(name: str, values: ArrayLike, like: Array | None = None) -> Array:
+    """Flatten to float64; refuse what is not finite or does not match `like`."""
+    array = np.asarray(values, dtype=np.float64).ravel()
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: {np.count_nonzero(~np.isfinite(array))} values are not finite")
+    if like is not None and array.shape != like.shape:
+        raise ValueError(f"{name}: {array.size} values where {like.size} are wanted")
+    return array
+
+
+def _weights(weights: ArrayLike | None, like: Array) -> Array:
+    return np.ones_like(like) if weights is None else _samples("weights", weights, like)
+
+
+# errors -----------------------------------------------------------------------------------------
+def rmse(errors: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Root mean square sqrt(Σ w e² / Σ w), in the unit of `errors` (any shape); nan without samples."""
+    e = _samples("errors", errors)
+    w = _weights(weights, e)
+    return float(np.sqrt(w @ e**2 / w.sum())) if w.sum() > 0 else float("nan")
+
+
+def mae(errors: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Mean absolute error Σ w |e| / Σ w, in the unit of `errors` (any shape); nan without samples."""
+    e = _samples("errors", errors)
+    w = _weights(weights, e)
+    return float(w @ np.abs(e) / w.sum()) if w.sum() > 0 else float("nan")
+
+
+# ranking ----------------------------------------------------------------------------------------
+class RankCorrelation:
+    """Spearman's rank correlation, pooled or within groups, for many sets of weights.
+
+    Values are sorted once; each call then costs O(num_samples). Within each group g
+
+        ρ_g = cov_w(R_s, R_e) / sqrt(var_w(R_s) var_w(R_e)),   R the weighted mid-rank inside g,
+
+    and the result is Σ W_g ρ_g / Σ W_g with W_g the weight of the group. With integer weights this equals
+    Spearman's ρ (average ranks for ties) of the sample with every value repeated that often.
+
+    A group whose signal is constant counts with ρ_g = 0, because such a signal ranks nothing. A group whose
+    error is constant (a single sample, say) cannot be ranked by anything and is left out.
+    """
+
+    def __init__(
+        self, signal: ArrayLike, error: ArrayLike, groups: ArrayLike | None = None
+    ) -> None:
+        """Sort the samples.
+
+        Args:
+            signal: (num_samples,) any unit; larger should mean a larger error.
+            error: (num_samples,) any unit.
+            groups: (num_samples,) labels; None puts all samples in one group.
+        """
+        e = _samples("error", error)
+        s = _samples("signal", signal, e)
+        labels = np.zeros(e.size, dtype=np.int64) if groups is None else np.asarray(groups)
+        if labels.shape != e.shape:
+            raise ValueError(f"groups: shape {labels.shape} where {e.shape} is wanted")
+        self._group = np.unique(labels, return_inverse=True)[1]
+        self._num_groups = int(self._group.max()) + 1 if e.size else 0
+        self._codes = [self._order(s), self._order(e)]
+
+    def _order(self, values: Array) -> NDArray[np.int64]:
+        """Number the distinct (group, value) pairs in lexicographic order."""
+        order = np.lexsort((values, self._group))
+        g, v = self._group[order], values[order]
+        new = np.ones(len(v), dtype=bool)
+        new[1:] = (g[1:] != g[:-1]) | (v[1:] != v[:-1])
+        codes = np.empty(len(v), dtype=np.int64)
+        codes[order] = np.cumsum(new) - 1
+        return codes
+
+    def _sum(self, values: Array) -> Array:
+        return np.bincount(self._group, values, self._num_groups)
+
+    def __call__(self, weights: ArrayLike | None = None) -> float:
+        """ρ in [-1, 1] for one set of weights (num_samples,); nan when no group can be ranked."""
+        like = np.empty(len(self._group))
+        w = _weights(weights, like) if weights is not None else np.ones(len(self._group))
+        total = self._sum(w)
+        safe = np.where(total > 0, total, 1.0)
+        ranks = []
+        for codes in self._codes:
+            count = np.bincount(codes, w)
+            # ranks run on through the groups; the offset this gives a group goes with its mean
+            rank = (np.cumsum(count) - count / 2)[codes]
+            ranks.append(rank - (self._sum(w * rank) / safe)[self._group])
+        signal, error = ranks
+        cov, var_s, var_e = (
+            self._sum(w * a * b) for a, b in ((signal, error), (signal, signal), (error, error))
+        )
+        # ranks are multiples of 1/2, a variance below this is rounding
+        tiny = 1e-9 * safe
+        ranked, informed = var_e > tiny, var_s > tiny
+        used = ranked & informed
+        rho = np.zeros(self._num_groups)
+        rho[used] = cov[used] / np.sqrt(var_s[used] * var_e[used])
+        weight = total[ranked].sum()
+        return float((total[ranked] @ rho[ranked]) / weight) if weight > 0 else float("nan")
+
+
+def spearman(signal: ArrayLike, error: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Spearman's rank correlation of an uncertainty with the error it should rank, pooled.
+
+    Dimensionless in [-1, 1]; 0 for a constant signal, nan for a constant error. See `RankCorrelation`.
+    """
+    return RankCorrelation(signal, error)(weights)
+
+
+def spearman_within(
+    signal: ArrayLike, error: ArrayLike, groups: ArrayLike, weights: ArrayLike | None = None
+) -> float:
+    """Spearman's rank correlation inside each group (element, site, ...), averaged by group size.
+
+    A signal that only knows which group an atom belongs to scores 0. See `RankCorrelation`.
+    """
+    return RankCorrelation(signal, error, groups)(weights)
+
+
+def auroc(
+    seen: ArrayLike,
+    held_out: ArrayLike,
+    seen_weights: ArrayLike | None = None,
+    held_out_weights: ArrayLike | None = None,
+) -> float:
+    """Area under the ROC curve: P(held_out > seen) + ½ P(equal) for one frame drawn from each set.
+
+    Args:
+        seen: (num_seen,) one value per frame, any unit.
+        held_out: (num_held_out,) the same, of frames that should score higher.
+        seen_weights: (num_seen,) how often each frame counts.
+        held_out_weights: (num_held_out,).
+    Returns:
+        Dimensionless in [0, 1]; 0.5 tells nothing.
+    """
+    low, high = _samples("seen", seen), _samples("held_out", held_out)
+    if not low.size or not high.size:
+        raise ValueError(f"auroc needs frames in both sets, got {low.size} and {high.size}")
+    weights = np.concatenate([_weights(seen_weights, low), _weights(held_out_weights, high)])
+    label = np.concatenate([np.zeros(low.size), np.ones(high.size)])
+    return float(roc_auc_score(label, np.concatenate([low, high]), sample_weight=weights))
+
+
+# calibration ------------------------------------------------------------------------------------
+def _sizes(std: ArrayLike, errors: ArrayLike) -> tuple[Array, Array]:
+    e = _samples("errors", errors)
+    s = _samples("std", std, e)
+    if (s <= 0).any():
+        raise ValueError(f"std: {np.count_nonzero(s <= 0)} values are not positive")
+    return s, e
+
+
+def size_ratio(std: ArrayLike, errors: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Predicted over true size of the error, sqrt(Σ w std² / Σ w e²); 1 is right, above 1 cautious.
+
+    Args:
+        std: (num_samples,) predicted standard deviation of each error, unit of `errors`.
+        errors: (num_samples,) signed errors, or root mean squares over components.
+        weights: (num_samples,).
+    Returns:
+        Dimensionless; inf when every error is zero.
+    """
+    s, e = _sizes(std, errors)
+    w = _weights(weights, e)
+    true = w @ e**2
+    return float(np.sqrt(w @ s**2 / true)) if true > 0 else float("inf")
+
+
+def gaussian_nll(std: ArrayLike, errors: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Mean negative log density of the errors under N(0, std²), ½ ln(2π std²) + e²/2std², in nats.
+
+    The value depends on the unit of `errors` (a density has the inverse unit): compare only at one unit.
+    """
+    s, e = _sizes(std, errors)
+    w = _weights(weights, e)
+    return float(w @ -norm.logpdf(e, scale=s) / w.sum())
+
+
+def coverage(
+    std: ArrayLike, errors: ArrayLike, level: float = 0.6827, weights: ArrayLike | None = None
+) -> float:
+    """Fraction of errors with |e| < z std, z = Φ⁻¹((1 + level)/2); equals `level` when calibrated.
+
+    Args:
+        std: (num_samples,) predicted standard deviation, unit of `errors`.
+        errors: (num_samples,) signed errors.
+        level: nominal central probability of the Gaussian, in (0, 1).
+        weights: (num_samples,).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level: wanted a probability in (0, 1), got {level}")
+    s, e = _sizes(std, errors)
+    w = _weights(weights, e)
+    return float(w @ (np.abs(e) < norm.ppf((1 + level) / 2) * s) / w.sum())
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Predicted against observed size of the error in bins of equal count; unit of the errors."""
+
+    predicted: Array  # (num_bins,) sqrt(mean std²)
+    observed: Array  # (num_bins,) sqrt(mean e²)
+    count: NDArray[np.int64]  # (num_bins,) samples in the bin
+
+
+def reliability_curve(std: ArrayLike, errors: ArrayLike, num_bins: int = 12) -> Reliability:
+    """Sort by predicted std, cut into bins of equal count and compare root mean squares in each.
+
+    Args:
+        std: (num_samples,) predicted standard deviation, unit of `errors`.
+        errors: (num_samples,) signed errors, or root mean squares over components.
+        num_bins: how many bins; fewer are made when there are fewer samples.
+    Returns:
+        `Reliability`; a calibrated std gives observed = predicted in every bin.
+    """
+    if num_bins < 1:
+        raise ValueError(f"num_bins: wanted at least 1, got {num_bins}")
+    s, e = _sizes(std, errors)
+    chunks = np.array_split(np.argsort(s, kind="stable"), min(num_bins, max(s.size, 1)))
+    return Reliability(
+        predicted=np.array([rmse(s[k]) for k in chunks]),
+        observed=np.array([rmse(e[k]) for k in chunks]),
+        count=np.array([k.size for k in chunks], dtype=np.int64),
+    )
+
+
+# intervals --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Interval:
+    """A statistic with its bootstrap interval, all three in the unit of the statistic."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        """{"value", "low", "high"}, for JSON."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+def percentile_interval(value: float, replicates: Array, level: float = 0.95) -> Interval:
+    """Percentile interval: the central `level` of the finite replicates (num_resamples,)."""
+    finite = replicates[np.isfinite(replicates)]
+    if not finite.size:
+        return Interval(value, float("nan"), float("nan"))
+    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def bootstrap(
+    statistic: Callable[..., Any],
+    num_frames: Sequence[int],
+    num_resamples: int = 400,
+    seed: int = 0,
+) -> tuple[Array, Array]:
+    """Draw frames with replacement and evaluate a statistic on each draw.
+
+    Frames, not atoms, are drawn: the atoms of one frame are correlated. Frames that follow each other in a
+    trajectory are correlated too, which this does not see: intervals of such data are too narrow.
+
+    Args:
+        statistic: called with one array of draw counts (num_frames[k],) per set of frames; returns a float
+            or a fixed number of them. The values of one draw belong together, so differences between them
+            are paired.
+        num_frames: number of frames in each set; each set is drawn by itself.
+        num_resamples: number of draws.
+        seed: of the draws; the same seed and sizes give the same draws.
+    Returns:
+        The statistic on all frames once (num_statistics,) and on the draws (num_resamples, num_statistics).
+    """
+    if any(n < 1 for n in num_frames):
+        raise ValueError(f"bootstrap needs at least one frame in each set, got {list(num_frames)}")
+    rng = np.random.default_rng(seed)
+    value = np.atleast_1d(np.asarray(statistic(*(np.ones(n) for n in num_frames)), np.float64))
+    draws = np.empty((num_resamples, value.size))
+    for k in range(num_resamples):
+        counts = [rng.multinomial(n, np.full(n, 1 / n)).astype(np.float64) for n in num_frames]
+        draws[k] = statistic(*counts)
+    return value, draws
+
+
+def bootstrap_interval(
+    statistic: Callable[..., float],
+    num_frames: Sequence[int],
+    num_resamples: int = 400,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """The percentile interval of one statistic; arguments as in `bootstrap`.
+
+    With a single frame in every set there is nothing to resample and the interval has no width.
+    """
+    value, draws = bootstrap(statistic, num_frames, num_resamples, seed)
+    return percentile_interval(float(value[0]), draws[:, 0], level)
