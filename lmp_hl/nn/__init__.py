@@ -1,0 +1,1 @@
+"""The network: radial and angular functions, equivariant backbone, heads."""

@@ -1,0 +1,127 @@
+"""Angular functions: real spherical harmonics and products of them with e3nn's coefficients.
+
+Tensors of degree l = 0..l_max are stored component first, ((l_max + 1)^2, num_atoms, channels), the 2l + 1
+components of degree l at rows l^2 .. (l + 1)^2 - 1, in e3nn's real basis (l = 1 is x, y, z). Only true
+tensors occur: a product l1 x l2 -> l3 is kept when l1 + l2 + l3 is even, so parity is (-1)^l throughout.
+"""
+
+import math
+
+import torch
+from e3nn import o3
+from torch import Tensor, nn
+
+
+class RaiseDegree(nn.Module):
+    """Y_l from Y_{l-1} and the unit vector: their product's part of degree l, scaled to 2l + 1."""
+
+    def __init__(self, degree: int, previous: Tensor, direction: Tensor) -> None:
+        super().__init__()
+        cg = o3.wigner_3j(degree - 1, 1, degree, dtype=torch.float64).reshape(-1, 2 * degree + 1)
+        norm = (torch.outer(previous, direction).flatten() @ cg).norm()
+        cg = cg * math.sqrt(2 * degree + 1) / norm
+        self.register_buffer("coefficients", cg.to(torch.get_default_dtype()))
+
+    def forward(self, lower: Tensor, unit_vectors: Tensor) -> Tensor:
+        """(num_edges, 2l - 1) and (num_edges, 3) -> (num_edges, 2l + 1)."""
+        product = (lower.unsqueeze(2) * unit_vectors.unsqueeze(1)).flatten(1)
+        return product @ self.coefficients.to(product.dtype)
+
+
+class SphericalHarmonics(nn.Module):
+    """Real spherical harmonics of unit vectors, |Y_l|^2 = 2l + 1, built up by products with Y_1."""
+
+    def __init__(self, l_max: int) -> None:
+        super().__init__()
+        self.higher = nn.ModuleList()
+        direction = torch.tensor([0.0, 0.6, 0.8], dtype=torch.float64)  # any unit vector gives the norm
+        previous = math.sqrt(3.0) * direction
+        for degree in range(2, l_max + 1):
+            self.higher.append(RaiseDegree(degree, previous, direction))
+            previous = self(direction.unsqueeze(0))[0, degree * degree :]
+
+    def forward(self, unit_vectors: Tensor) -> Tensor:
+        """(num_edges, 3) unit vectors -> (num_edges, (l_max + 1)^2)."""
+        top = math.sqrt(3.0) * unit_vectors
+        out = [torch.ones_like(unit_vectors[:, :1]), top]
+        for step in self.higher:
+            top = step(top, unit_vectors)
+            out.append(top)
+        return torch.cat(out, dim=1)
+
+
+class SymmetricSquare(nn.Module):
+    """All even products A_l1 x A_l2 -> B_l3 (l1 <= l2) of a tensor with itself, channel by channel.
+
+    One gather of the needed component pairs and one matrix product with the coefficients; `paths[l3]`
+    says how many copies of degree l3 come out.
+    """
+
+    def __init__(self, l_max: int) -> None:
+        super().__init__()
+        rows: list[dict[tuple[int, int], float]] = []
+        self.paths: list[int] = []
+        for l3 in range(l_max + 1):
+            pairs = [
+                (l1, l2)
+                for l1 in range(l_max + 1)
+                for l2 in range(l1, l_max + 1)
+                if l2 - l1 <= l3 <= l1 + l2 and (l1 + l2 + l3) % 2 == 0
+            ]
+            self.paths.append(len(pairs))
+            for l1, l2 in pairs:
+                cg = o3.wigner_3j(l1, l2, l3, dtype=torch.float64) * math.sqrt(2 * l3 + 1)
+                for m3 in range(2 * l3 + 1):
+                    row: dict[tuple[int, int], float] = {}
+                    for m1, m2 in cg[:, :, m3].abs().gt(1e-10).nonzero().tolist():
+                        a, b = sorted((l1 * l1 + m1, l2 * l2 + m2))
+                        row[(a, b)] = row.get((a, b), 0.0) + float(cg[m1, m2, m3])
+                    rows.append(row)
+        used = sorted({pair for row in rows for pair in row})
+        matrix = torch.zeros(len(rows), len(used))
+        for i, row in enumerate(rows):
+            for pair, value in row.items():
+                matrix[i, used.index(pair)] = value
+        self.register_buffer("first", torch.tensor([a for a, _ in used]))
+        self.register_buffer("second", torch.tensor([b for _, b in used]))
+        self.register_buffer("coefficients", matrix)
+
+    def forward(self, tensors: Tensor) -> list[Tensor]:
+        """((l_max + 1)^2, num_atoms, channels) -> per degree (paths, 2l + 1, num_atoms, channels)."""
+        pairs = tensors.index_select(0, self.first) * tensors.index_select(0, self.second)
+        n, c = tensors.shape[1], tensors.shape[2]
+        flat = (self.coefficients @ pairs.reshape(pairs.shape[0], n * c)).reshape(-1, n, c)
+        out: list[Tensor] = []
+        start = 0
+        for degree, num_paths in enumerate(self.paths):
+            size = num_paths * (2 * degree + 1)
+            out.append(flat[start : start + size].reshape(num_paths, 2 * degree + 1, n, c))
+            start += size
+        return out
+
+
+class DegreeLinear(nn.Module):
+    """A linear map of channels, one matrix per degree: equivariant because it never mixes components."""
+
+    def __init__(self, l_max: int, num_in: int, num_out: int) -> None:
+        super().__init__()
+        self.l_max = l_max
+        self.weight = nn.Parameter(torch.randn(l_max + 1, num_in, num_out) / math.sqrt(num_in))
+
+    def forward(self, tensors: Tensor) -> Tensor:
+        """((l_max + 1)^2, num_atoms, num_in) -> ((l_max + 1)^2, num_atoms, num_out)."""
+        out: list[Tensor] = []
+        for degree in range(self.l_max + 1):
+            block = tensors[degree * degree : (degree + 1) * (degree + 1)]
+            out.append(torch.matmul(block, self.weight[degree]))
+        return torch.cat(out, dim=0)
+
+
+def degree_products(a: Tensor, b: Tensor, l_max: int) -> list[Tensor]:
+    """Invariant products sum_m a_lm b_lm / sqrt(2l + 1), one (num_atoms, channels) per degree."""
+    product = a * b
+    out: list[Tensor] = []
+    for degree in range(l_max + 1):
+        block = product[degree * degree : (degree + 1) * (degree + 1)]
+        out.append(block.sum(0) / math.sqrt(2 * degree + 1))
+    return out

@@ -1,0 +1,281 @@
+"""The equivariant backbone: neighbours -> density -> many-body products -> features per atom.
+
+Layer 1 expands the neighbours of an atom in radial functions and spherical harmonics, separately per
+element (the density of the atomic cluster expansion); later layers expand what the neighbours carry
+(message passing). In each layer the density A is squared (A x A -> B), A and B are mixed into tensors T,
+and the invariants A_0, B_0, A.T and T.T, up to five-body, feed a small network. Any other backbone that
+returns `Features` fits the same heads.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import keys
+from .angular import DegreeLinear, SphericalHarmonics, SymmetricSquare, degree_products
+from .radial import RadialBasis
+
+
+class Features(NamedTuple):
+    """What a backbone hands to the heads, for the atoms whose features it computed.
+
+    scalars: (num_atoms, num_scalars) invariant; tensors: ((l_max + 1)^2, num_atoms, channels).
+    """
+
+    scalars: Tensor
+    tensors: Tensor
+
+
+class Standardize(nn.Module):
+    """x -> (x - mean) / std per feature, with statistics of the training data.
+
+    Invariants of two- to five-body order differ by orders of magnitude; without this the first epochs go
+    into finding scales.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(num_atoms, size) -> (num_atoms, size)."""
+        return (x - self.mean) / self.std
+
+    def fit(self, x: Tensor) -> None:
+        """Take mean and standard deviation of x; a feature that never varies keeps its scale."""
+        self.mean.copy_(x.mean(0))
+        self.std.copy_(_nonzero((x - self.mean).pow(2).mean(0).sqrt()))
+
+
+class DegreeScale(nn.Module):
+    """Divides tensors by their root mean square per degree and channel in the training data."""
+
+    def __init__(self, l_max: int, size: int) -> None:
+        super().__init__()
+        self.l_max = l_max
+        self.register_buffer("rms", torch.ones(l_max + 1, size))
+
+    def forward(self, tensors: Tensor) -> Tensor:
+        """((l_max + 1)^2, num_atoms, size) -> same shape; no shift, so equivariance stays."""
+        blocks: list[Tensor] = []
+        for degree in range(self.l_max + 1):
+            blocks.append(tensors[degree * degree : (degree + 1) * (degree + 1)] / self.rms[degree])
+        return torch.cat(blocks, dim=0)
+
+    def fit(self, tensors: Tensor) -> None:
+        """Take the root mean squares of `tensors`."""
+        for degree in range(self.l_max + 1):
+            block = tensors[degree * degree : (degree + 1) * (degree + 1)]
+            self.rms[degree].copy_(_nonzero(block.pow(2).mean((0, 1)).sqrt()))
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    return torch.where(scale > 1e-6 * scale.max(), scale, torch.ones_like(scale))
+
+
+class ElementDensity(nn.Module):
+    """Layer 1: A_i,lm = sum_j R_l(r_ij; elements of i and j) Y_lm.
+
+    Neighbours are summed per element and radial function first, so the learned radial functions cost
+    one small matrix product per atom, not per edge.
+    """
+
+    def __init__(self, l_max: int, channels: int, num_radial: int, num_elements: int) -> None:
+        super().__init__()
+        self.num_elements = num_elements
+        self.num_radial = num_radial
+        self.scale = DegreeScale(l_max, num_elements * num_radial)
+        self.mix = DegreeLinear(l_max, num_elements * num_radial, channels)
+        self.center_element = nn.Parameter(torch.ones(num_elements, channels))
+
+    def forward(
+        self, num_centers: int, species: Tensor, edge_index: Tensor, radial: Tensor, angular: Tensor
+    ) -> Tensor:
+        """Edges of `num_centers` centres -> density ((l_max + 1)^2, num_centers, channels)."""
+        num_components = angular.shape[1]
+        terms = (angular.unsqueeze(2) * radial.unsqueeze(1)).flatten(1)
+        slots = edge_index[0] * self.num_elements + species.index_select(0, edge_index[1])
+        total = torch.zeros(
+            (num_centers * self.num_elements, num_components * self.num_radial),
+            dtype=terms.dtype,
+            device=terms.device,
+        ).index_add(0, slots, terms)
+        raw = total.reshape(num_centers, self.num_elements, num_components, self.num_radial)
+        density = self.mix(self.scale(raw.permute(2, 0, 1, 3).flatten(2)))
+        return density * self.center_element.index_select(0, species[:num_centers])
+
+
+class MessageDensity(nn.Module):
+    """Later layers: A_i,lm = sum_j R_l Y_lm s_j + R'_l T_j,lm + [l = 0] sum_l' R''_l' Y_l'.T_j,l'."""
+
+    def __init__(self, l_max: int, channels: int, num_radial: int, num_scalars: int) -> None:
+        super().__init__()
+        self.l_max = l_max
+        self.channels = channels
+        self.radial = nn.Linear(num_radial, 3 * (l_max + 1) * channels, bias=False)
+        self.scalars = nn.Linear(num_scalars, channels)
+        self.tensors = DegreeLinear(l_max, channels, channels)
+        self.scale = DegreeScale(l_max, channels)
+        self.mix = DegreeLinear(l_max, channels, channels)
+        self.keep = DegreeLinear(l_max, channels, channels)
+        degrees = [degree for degree in range(l_max + 1) for _ in range(2 * degree + 1)]
+        self.register_buffer("degree_of", torch.tensor(degrees))
+
+    def forward(
+        self, num_centers: int, features: Features, edge_index: Tensor, radial: Tensor, angular: Tensor
+    ) -> Tensor:
+        """Features of centres and neighbours -> density ((l_max + 1)^2, num_centers, channels)."""
+        shape = (radial.shape[0], 3, self.l_max + 1, self.channels)
+        weights = self.radial(radial).reshape(shape)
+        s_j = self.scalars(features.scalars).index_select(0, edge_index[1]).unsqueeze(1)
+        t_j = self.tensors(features.tensors).transpose(0, 1).index_select(0, edge_index[1])
+        y = angular.unsqueeze(2)
+        spread = weights[:, :2].index_select(2, self.degree_of)
+        message = spread[:, 0] * y * s_j + spread[:, 1] * t_j  # (num_edges, components, channels)
+        inner = weights[:, 2].index_select(1, self.degree_of) * y * t_j
+        message = torch.cat([message[:, :1] + inner.sum(1, keepdim=True), message[:, 1:]], dim=1)
+        raw = torch.zeros(
+            (num_centers, message.shape[1] * self.channels), dtype=radial.dtype, device=radial.device
+        ).index_add(0, edge_index[0], message.flatten(1))
+        raw = raw.reshape(num_centers, message.shape[1], self.channels).transpose(0, 1)
+        return self.mix(self.scale(raw)) + self.keep(features.tensors[:, :num_centers])
+
+
+class ManyBody(nn.Module):
+    """Density of one layer -> invariants and mixed tensors."""
+
+    def __init__(self, l_max: int, channels: int, num_scalars: int, num_elements: int) -> None:
+        super().__init__()
+        self.l_max = l_max
+        self.square = SymmetricSquare(l_max)
+        self.mix_density = DegreeLinear(l_max, channels, channels)
+        self.mix_square = nn.ParameterList(
+            nn.Parameter(torch.randn(n, channels, channels) / math.sqrt(n * channels))
+            for n in self.square.paths
+        )
+        num_invariants = (1 + self.square.paths[0] + 2 * (l_max + 1)) * channels
+        self.standardize = Standardize(num_invariants)
+        self.linear = nn.Linear(num_invariants, num_scalars)
+        self.hidden = nn.Linear(num_invariants, num_scalars)
+        self.hidden_element = nn.Embedding(num_elements, num_scalars)
+        self.out = nn.Linear(num_scalars, num_scalars)
+
+    def forward(self, density: Tensor, species: Tensor) -> Features:
+        """((l_max + 1)^2, n, channels) and (n,) species -> Features of these n atoms."""
+        squares = self.square(density)
+        mixed_density = self.mix_density(density)
+        blocks: list[Tensor] = []
+        for degree, weight in enumerate(self.mix_square):
+            block = mixed_density[degree * degree : (degree + 1) * (degree + 1)]
+            for path in range(weight.shape[0]):
+                block = block + torch.matmul(squares[degree][path], weight[path])
+            blocks.append(block)
+        mixed = torch.cat(blocks, dim=0)
+        invariants = [density[0]]
+        for path in range(squares[0].shape[0]):
+            invariants.append(squares[0][path, 0])
+        invariants += degree_products(density, mixed, self.l_max)
+        invariants += degree_products(mixed, mixed, self.l_max)
+        x = self.standardize(torch.cat(invariants, dim=1))
+        hidden = torch.nn.functional.silu(self.hidden(x) + self.hidden_element(species))
+        return Features(self.linear(x) + self.out(hidden), mixed)
+
+
+class MessageLayer(nn.Module):
+    """One message-passing step; scalars of the layers add up."""
+
+    def __init__(
+        self, l_max: int, channels: int, num_radial: int, num_scalars: int, num_elements: int
+    ) -> None:
+        super().__init__()
+        self.density = MessageDensity(l_max, channels, num_radial, num_scalars)
+        self.many_body = ManyBody(l_max, channels, num_scalars, num_elements)
+
+    def forward(
+        self,
+        num_centers: int,
+        species: Tensor,
+        features: Features,
+        edge_index: Tensor,
+        radial: Tensor,
+        angular: Tensor,
+    ) -> Features:
+        """Features of centres and neighbours -> features of the centres."""
+        density = self.density(num_centers, features, edge_index, radial, angular)
+        new = self.many_body(density, species[:num_centers])
+        return Features(features.scalars[:num_centers] + new.scalars, new.tensors)
+
+
+class Backbone(nn.Module):
+    """E(3)-equivariant features; `num_layers` 1 is strictly local, more pass messages.
+
+    Args:
+        num_elements: number of species indices.
+        cutoff: in Å.
+        num_layers: range of the energy is num_layers * cutoff.
+        channels: copies of each tensor.
+        l_max: highest degree, 1 to 3.
+        num_radial: radial functions per pair of elements.
+        num_scalars: size of the invariant features.
+    """
+
+    def __init__(
+        self,
+        num_elements: int,
+        cutoff: float,
+        num_layers: int,
+        channels: int,
+        l_max: int,
+        num_radial: int,
+        num_scalars: int,
+    ) -> None:
+        super().__init__()
+        if not 1 <= l_max <= 3:
+            raise ValueError(f"model.l_max must be 1, 2 or 3, got {l_max}")
+        if num_layers < 1:
+            raise ValueError(f"model.num_layers must be at least 1, got {num_layers}")
+        self.radial = RadialBasis(cutoff, num_radial)
+        self.angular = SphericalHarmonics(l_max)
+        self.element_density = ElementDensity(l_max, channels, num_radial, num_elements)
+        self.many_body = ManyBody(l_max, channels, num_scalars, num_elements)
+        self.message_layers = nn.ModuleList(
+            MessageLayer(l_max, channels, num_radial, num_scalars, num_elements)
+            for _ in range(num_layers - 1)
+        )
+
+    def forward(self, inputs: dict[str, Tensor]) -> Features:
+        """Model inputs (keys.py) -> features of the owned atoms, differentiable in edge_vectors."""
+        species = inputs[keys.SPECIES]
+        edge_index = inputs[keys.EDGE_INDEX]
+        vectors = inputs[keys.EDGE_VECTORS]
+        layer_nodes = inputs[keys.LAYER_NODES]
+        layer_edges = inputs[keys.LAYER_EDGES]
+        lengths = vectors.pow(2).sum(1).sqrt()
+        radial = self.radial(lengths)
+        angular = self.angular(vectors / lengths.unsqueeze(1))
+
+        n, e = int(layer_nodes[0]), int(layer_edges[0])
+        density = self.element_density(n, species, edge_index[:, :e], radial[:e], angular[:e])
+        features = self.many_body(density, species[:n])
+        for t, layer in enumerate(self.message_layers):
+            n, e = int(layer_nodes[t + 1]), int(layer_edges[t + 1])
+            features = layer(n, species, features, edge_index[:, :e], radial[:e], angular[:e])
+        return features
+
+
+def fit_scales(backbone: Backbone, inputs: dict[str, Tensor]) -> None:
+    """Set every Standardize and DegreeScale from one batch of training data, first layer first."""
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: module.fit(args[0]))
+        for module in backbone.modules()
+        if isinstance(module, Standardize | DegreeScale)
+    ]
+    try:
+        with torch.no_grad():
+            backbone(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()

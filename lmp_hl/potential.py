@@ -1,0 +1,128 @@
+"""Backbone and heads put together: edges in; energies, gradients and uncertainty fields out.
+
+The same forward is used in training (keep_graph), by the ASE calculator and, scripted, in LAMMPS.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from . import histogram, keys
+from .nn.backbone import Backbone, Features
+from .nn.heads import AtomicEnergy, FeatureDistance, ForceDistribution, HistogramEnergy, ScalarEnergy
+
+FIELDS = (keys.ENTROPY, keys.EXCESS_ENTROPY, keys.FORCE_ENTROPY, keys.FORCE_STD, keys.DISTANCE)
+
+
+class Potential(nn.Module):
+    """E = sum_i (E0[z_i] + E_i), forces as gradients of edge vectors, per-atom uncertainty on request.
+
+    Args:
+        num_elements: number of species indices.
+        cutoff: Å.
+        num_layers: 1 local, more message passing.
+        head: "hlgauss" or "scalar".
+        channels, l_max, num_radial, num_scalars: see Backbone.
+        num_bins, sigma: of the energy histogram; sigma in bin widths.
+    """
+
+    def __init__(
+        self,
+        num_elements: int,
+        cutoff: float,
+        num_layers: int,
+        head: str,
+        channels: int,
+        l_max: int,
+        num_radial: int,
+        num_scalars: int,
+        num_bins: int,
+        sigma: float,
+    ) -> None:
+        super().__init__()
+        if l_max < 2:
+            raise ValueError(f"model.l_max must be at least 2 (the force distribution needs it), got {l_max}")
+        self.backbone = Backbone(
+            num_elements, cutoff, num_layers, channels, l_max, num_radial, num_scalars
+        )
+        if head == "hlgauss":
+            self.energy_head = HistogramEnergy(num_scalars, num_elements, num_bins, sigma)
+        elif head == "scalar":
+            self.energy_head = ScalarEnergy(num_scalars, num_elements)
+        else:
+            raise ValueError(f"model.head must be 'hlgauss' or 'scalar', got {head!r}")
+        self.distance = FeatureDistance(num_scalars, channels, l_max, num_elements)
+        self.force_distribution = ForceDistribution(num_scalars, channels, num_elements)
+        self.register_buffer("reference_energies", torch.zeros(num_elements, dtype=torch.float64))
+
+    def atoms(self, inputs: dict[str, Tensor]) -> tuple[Features, AtomicEnergy]:
+        """Features and energy-head output of the owned atoms (no reference energies)."""
+        features = self.backbone(inputs)
+        species = inputs[keys.SPECIES][: features.scalars.shape[0]]
+        return features, self.energy_head(features.scalars, species)
+
+    def fields(self, features: Features, energy: AtomicEnergy, species: Tensor) -> dict[str, Tensor]:
+        """Every per-atom uncertainty field (keys.py) of the owned atoms."""
+        distance = self.distance(features, species)
+        force = self.force_distribution(features, species)
+        out = {
+            keys.FORCE_ENTROPY: self.force_distribution.entropy(force, distance),
+            keys.FORCE_STD: self.force_distribution.std(force, distance),
+            keys.DISTANCE: distance,
+        }
+        if energy.logits.shape[1] > 0:
+            entropy = histogram.entropy(torch.softmax(energy.logits, 1))
+            out[keys.ENTROPY] = entropy
+            out[keys.EXCESS_ENTROPY] = entropy - self.entropy_floor()
+        return out
+
+    def entropy_floor(self) -> float:
+        """Entropy of a perfect prediction of the energy head, nats; 0 for a scalar head."""
+        return self.energy_head.entropy_floor()
+
+    def forward(
+        self, inputs: dict[str, Tensor], with_fields: bool = False, keep_graph: bool = False
+    ) -> dict[str, Tensor]:
+        """Evaluate the potential.
+
+        Args:
+            inputs: tensors of keys.py.
+            with_fields: also return the uncertainty fields.
+            keep_graph: keep gradients of gradients (training, forces that depend on a field).
+
+        Returns:
+            energy, edge_gradients and, if asked for, the fields; shapes and units in keys.py.
+        """
+        vectors = inputs[keys.EDGE_VECTORS]
+        if not vectors.requires_grad:
+            vectors = vectors.detach().requires_grad_(True)
+        inputs = inputs.copy()
+        inputs[keys.EDGE_VECTORS] = vectors
+        features, energy = self.atoms(inputs)
+        species = inputs[keys.SPECIES][: energy.energy.shape[0]]
+        gradient = torch.autograd.grad(
+            [energy.energy.sum()], [vectors], create_graph=keep_graph, allow_unused=True
+        )[0]
+        if gradient is None:
+            gradient = torch.zeros_like(vectors)
+        out = {
+            keys.ENERGY: energy.energy.double() + self.reference_energies.index_select(0, species),
+            keys.EDGE_GRADIENTS: gradient,
+        }
+        if with_fields:
+            out.update(self.fields(features, energy, species))
+        return out
+
+
+def edge_forces(edge_index: Tensor, edge_gradients: Tensor, num_nodes: int) -> Tensor:
+    """Forces on the nodes, F_i = sum_e g_e (as centre) - sum_e g_e (as neighbour).
+
+    Args:
+        edge_index: (2, num_edges).
+        edge_gradients: (num_edges, 3), eV/Å, dE/d(r_j - r_i).
+        num_nodes: how many nodes.
+
+    Returns:
+        (num_nodes, 3), eV/Å.
+    """
+    zeros = edge_gradients.new_zeros((num_nodes, 3))
+    return zeros.index_add(0, edge_index[0], edge_gradients).index_add(0, edge_index[1], -edge_gradients)
