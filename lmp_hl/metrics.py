@@ -1,8 +1,8 @@
 """How far off a prediction is, how well an uncertainty ranks errors and whether its size is right.
 
-Everything here is numpy in and numpy out. Errors of atoms in one frame are correlated, so intervals come
-from resampling whole frames (`bootstrap`), and every statistic takes `weights`: how often each sample
-counts, which in a bootstrap replicate is how often its frame was drawn.
+Everything here is numpy in and numpy out. Errors of atoms in one frame are correlated, so intervals
+come from resampling whole frames (`bootstrap`), and every statistic takes `weights`: how often each
+sample counts, which in a bootstrap replicate is how often its frame was drawn.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def _weights(weights: ArrayLike | None, like: Array) -> Array:
 
 # errors -----------------------------------------------------------------------------------------
 def rmse(errors: ArrayLike, weights: ArrayLike | None = None) -> float:
-    """Root mean square sqrt(Σ w e² / Σ w), in the unit of `errors` (any shape); nan without samples."""
+    """Root mean square sqrt(Σ w e² / Σ w), unit of `errors` (any shape); nan without samples."""
     e = _samples("errors", errors)
     w = _weights(weights, e)
     return float(np.sqrt(w @ e**2 / w.sum())) if w.sum() > 0 else float("nan")
 
 
 def mae(errors: ArrayLike, weights: ArrayLike | None = None) -> float:
-    """Mean absolute error Σ w |e| / Σ w, in the unit of `errors` (any shape); nan without samples."""
+    """Mean absolute error Σ w |e| / Σ w, unit of `errors` (any shape); nan without samples."""
     e = _samples("errors", errors)
     w = _weights(weights, e)
     return float(w @ np.abs(e) / w.sum()) if w.sum() > 0 else float("nan")
@@ -54,13 +54,15 @@ class RankCorrelation:
 
     Values are sorted once; each call then costs O(num_samples). Within each group g
 
-        ρ_g = cov_w(R_s, R_e) / sqrt(var_w(R_s) var_w(R_e)),   R the weighted mid-rank inside g,
+        rho_g = cov_w(R_s, R_e) / sqrt(var_w(R_s) var_w(R_e)),   R the weighted mid-rank inside g,
 
-    and the result is Σ W_g ρ_g / Σ W_g with W_g the weight of the group. With integer weights this equals
-    Spearman's ρ (average ranks for ties) of the sample with every value repeated that often.
+    and the result is Σ W_g rho_g / Σ W_g with W_g the weight of the group. With integer weights
+    this equals Spearman's rho (average ranks for ties) of the sample with every value repeated that
+    often.
 
-    A group whose signal is constant counts with ρ_g = 0, because such a signal ranks nothing. A group whose
-    error is constant (a single sample, say) cannot be ranked by anything and is left out.
+    A group whose signal is constant counts with rho_g = 0, because such a signal ranks nothing. A
+    group whose error is constant (a single sample, say) cannot be ranked by anything and is left
+    out.
     """
 
     def __init__(
@@ -93,10 +95,10 @@ class RankCorrelation:
         return codes
 
     def _sum(self, values: Array) -> Array:
-        return np.bincount(self._group, values, self._num_groups)
+        return np.bincount(self._group, values, self._num_groups).astype(np.float64)
 
     def __call__(self, weights: ArrayLike | None = None) -> float:
-        """ρ in [-1, 1] for one set of weights (num_samples,); nan when no group can be ranked."""
+        """Rho in [-1, 1] for one set of weights (num_samples,); nan when no group can be ranked."""
         like = np.empty(len(self._group))
         w = _weights(weights, like) if weights is not None else np.ones(len(self._group))
         total = self._sum(w)
@@ -124,7 +126,8 @@ class RankCorrelation:
 def spearman(signal: ArrayLike, error: ArrayLike, weights: ArrayLike | None = None) -> float:
     """Spearman's rank correlation of an uncertainty with the error it should rank, pooled.
 
-    Dimensionless in [-1, 1]; 0 for a constant signal, nan for a constant error. See `RankCorrelation`.
+    Dimensionless in [-1, 1]; 0 for a constant signal, nan for a constant error. See
+    `RankCorrelation`.
     """
     return RankCorrelation(signal, error)(weights)
 
@@ -152,6 +155,7 @@ def auroc(
         held_out: (num_held_out,) the same, of frames that should score higher.
         seen_weights: (num_seen,) how often each frame counts.
         held_out_weights: (num_held_out,).
+
     Returns:
         Dimensionless in [0, 1]; 0.5 tells nothing.
     """
@@ -179,6 +183,7 @@ def size_ratio(std: ArrayLike, errors: ArrayLike, weights: ArrayLike | None = No
         std: (num_samples,) predicted standard deviation of each error, unit of `errors`.
         errors: (num_samples,) signed errors, or root mean squares over components.
         weights: (num_samples,).
+
     Returns:
         Dimensionless; inf when every error is zero.
     """
@@ -191,7 +196,8 @@ def size_ratio(std: ArrayLike, errors: ArrayLike, weights: ArrayLike | None = No
 def gaussian_nll(std: ArrayLike, errors: ArrayLike, weights: ArrayLike | None = None) -> float:
     """Mean negative log density of the errors under N(0, std²), ½ ln(2π std²) + e²/2std², in nats.
 
-    The value depends on the unit of `errors` (a density has the inverse unit): compare only at one unit.
+    The value depends on the unit of `errors` (a density has the inverse unit): compare only at one
+    unit.
     """
     s, e = _sizes(std, errors)
     w = _weights(weights, e)
@@ -232,6 +238,7 @@ def reliability_curve(std: ArrayLike, errors: ArrayLike, num_bins: int = 12) -> 
         std: (num_samples,) predicted standard deviation, unit of `errors`.
         errors: (num_samples,) signed errors, or root mean squares over components.
         num_bins: how many bins; fewer are made when there are fewer samples.
+
     Returns:
         `Reliability`; a calibrated std gives observed = predicted in every bin.
     """
@@ -277,18 +284,21 @@ def bootstrap(
 ) -> tuple[Array, Array]:
     """Draw frames with replacement and evaluate a statistic on each draw.
 
-    Frames, not atoms, are drawn: the atoms of one frame are correlated. Frames that follow each other in a
-    trajectory are correlated too, which this does not see: intervals of such data are too narrow.
+    Frames, not atoms, are drawn: the atoms of one frame are correlated. Frames that follow each
+    other in a trajectory are correlated too, which this does not see: intervals of such data are
+    too narrow.
 
     Args:
-        statistic: called with one array of draw counts (num_frames[k],) per set of frames; returns a float
-            or a fixed number of them. The values of one draw belong together, so differences between them
-            are paired.
+        statistic: called with one array of draw counts (num_frames[k],) per set of frames; returns
+            a float or a fixed number of them. The values of one draw belong together, so
+            differences between them are paired.
         num_frames: number of frames in each set; each set is drawn by itself.
         num_resamples: number of draws.
         seed: of the draws; the same seed and sizes give the same draws.
+
     Returns:
-        The statistic on all frames once (num_statistics,) and on the draws (num_resamples, num_statistics).
+        The statistic on all frames once (num_statistics,) and on the draws (num_resamples,
+        num_statistics).
     """
     if any(n < 1 for n in num_frames):
         raise ValueError(f"bootstrap needs at least one frame in each set, got {list(num_frames)}")

@@ -77,7 +77,7 @@ def test_calibration_of_known_gaussians():
     num = 40_000
     std = np.exp(rng.normal(-2, 0.4, num))
     errors = rng.normal(0, std)
-    # the mean of e² has relative error sqrt(E[e⁴]/E[e²]² - 1)/sqrt(num): half of that in the ratio, 5 sigma
+    # the mean of e² has relative error sqrt(E[e⁴]/E[e²]² - 1)/sqrt(num), the ratio half; 5 times it
     ratio_tolerance = 5 * 0.5 * np.sqrt((3 * np.exp(4 * 0.4**2) - 1) / num)
     assert metrics.size_ratio(std, errors) == pytest.approx(1, abs=ratio_tolerance)
     assert metrics.size_ratio(2 * std, errors) == pytest.approx(2, abs=2 * ratio_tolerance)
@@ -97,8 +97,8 @@ def test_reliability_curve_is_the_diagonal_for_known_gaussians():
     curve = metrics.reliability_curve(std, rng.normal(0, std), num_bins=8)
     assert curve.count.tolist() == [5000] * 8
     assert np.all(np.diff(curve.predicted) > 0)
-    # 5000 errors of nearly one size: relative error of their rms 1/sqrt(2*5000) = 1 %, five times that;
-    # the outermost bins span more sizes, which at most doubles it
+    # 5000 errors of nearly one size: relative error of their rms 1/sqrt(2*5000) = 1 %, five times
+    # that; the outermost bins span more sizes, which at most doubles it
     np.testing.assert_allclose(curve.observed, curve.predicted, rtol=0.1)
 
 
@@ -120,7 +120,7 @@ def test_bootstrap_is_seeded_and_paired():
 
 
 def test_bootstrap_interval_of_frames_covers_the_truth_where_atoms_would_not():
-    """Twenty atoms of a frame share one value: only an interval over frames knows how little that is."""
+    """Twenty atoms of a frame share one value: an interval over atoms believes them all."""
     rng = np.random.default_rng(5)
     num_trials, num_frames, num_atoms = 200, 40, 20
     frame = np.repeat(np.arange(num_frames), num_atoms)
@@ -137,7 +137,7 @@ def test_bootstrap_interval_of_frames_covers_the_truth_where_atoms_would_not():
         }
         for name, interval in over.items():
             hits[name] += interval.low <= 0 <= interval.high
-    # nominal 95 %; the percentile interval of 40 frames is about 2 % narrow, and 200 trials of it scatter by
-    # 1.5 %: four of those below and above
+    # nominal 95 %; percentile intervals of 40 frames are about 2 % narrow and the share of 200
+    # trials scatters by 1.5 %: four of those below
     assert 0.87 <= hits["frames"] / num_trials <= 1.0
     assert hits["atoms"] / num_trials < 0.6
