@@ -1,0 +1,31 @@
+// compute ID group hlgauss/atom field [field ...]: uncertainty fields of the potential, per atom.
+
+#ifndef LMP_COMPUTE_HLGAUSS_ATOM_H
+#define LMP_COMPUTE_HLGAUSS_ATOM_H
+
+#include "compute.h"
+
+#include <string>
+#include <vector>
+
+namespace LAMMPS_NS {
+
+class ComputeHLGaussAtom : public Compute {
+public:
+  ComputeHLGaussAtom(class LAMMPS *, int, char **);
+  ~ComputeHLGaussAtom() override;
+
+  void init() override;
+  void compute_peratom() override;
+  double memory_usage() override;
+
+private:
+  class PairHLGauss *find_pair();
+
+  std::vector<std::string> fields;
+  int nmax;    // atoms the arrays have room for
+};
+
+}    // namespace LAMMPS_NS
+
+#endif

@@ -1,0 +1,629 @@
+#include "pair_hlgauss.h"
+
+#include "library.h"
+#include "sha256.h"
+
+#include "atom.h"
+#include "comm.h"
+#include "compute.h"
+#include "error.h"
+#include "force.h"
+#include "memory.h"
+#include "modify.h"
+#include "neigh_list.h"
+#include "neighbor.h"
+#include "platform.h"
+#include "update.h"
+#include "utils.h"
+
+#include <algorithm>
+#include <cctype>
+#include <climits>
+#include <cmath>
+#include <cstring>
+#include <unordered_map>
+
+using namespace LAMMPS_NS;
+
+namespace {
+
+constexpr double MASS_TOLERANCE = 0.01;    // relative difference that is worth a warning
+
+template <typename Range> std::string join(const Range &words)
+{
+  std::string text;
+  for (const auto &word : words) {
+    if (!text.empty()) text += ' ';
+    text += word;
+  }
+  return text;
+}
+
+bool is_device(const std::string &word)
+{
+  if (word == "auto" || word == "cpu" || word == "cuda") return true;
+  const std::string index = word.rfind("cuda:", 0) == 0 ? word.substr(5) : "";
+  return !index.empty() && index.size() < 4 &&
+         std::all_of(index.begin(), index.end(), [](unsigned char c) { return std::isdigit(c); });
+}
+
+void broadcast(std::string &bytes, MPI_Comm world)
+{
+  int me;
+  MPI_Comm_rank(world, &me);
+  bigint size = (bigint) bytes.size();
+  MPI_Bcast(&size, 1, MPI_LMP_BIGINT, 0, world);
+  if (me != 0) bytes.resize(size);
+  for (bigint done = 0; done < size; done += INT_MAX)    // MPI counts are ints
+    MPI_Bcast(bytes.data() + done, (int) std::min<bigint>(INT_MAX, size - done), MPI_BYTE, 0,
+              world);
+}
+
+}    // namespace
+
+/* ---------------------------------------------------------------------- */
+
+PairHLGauss::PairHLGauss(LAMMPS *lmp) :
+    Pair(lmp), model_size(0), log_pending(false), energy_unit(1.0), fields_step(-1),
+    num_evaluations(0), num_edges_seen(0), num_centers_seen(0), time_graph(0.0), time_model(0.0),
+    time_tally(0.0)
+{
+  single_enable = 0;
+  restartinfo = 0;
+  one_coeff = 1;
+  manybody_flag = 1;
+  no_virial_fdotr_compute = 1;    // the virial is summed over edges
+  centroidstressflag = CENTROID_NOTAVAIL;
+}
+
+PairHLGauss::~PairHLGauss()
+{
+  if (copymode || !allocated) return;
+  memory->destroy(setflag);
+  memory->destroy(cutsq);
+  memory->destroy(cutghost);
+}
+
+void PairHLGauss::allocate()
+{
+  allocated = 1;
+  const int n = atom->ntypes + 1;
+  memory->create(setflag, n, n, "pair:setflag");
+  memory->create(cutsq, n, n, "pair:cutsq");
+  memory->create(cutghost, n, n, "pair:cutghost");
+  for (int i = 0; i < n; i++)
+    for (int j = 0; j < n; j++) {
+      setflag[i][j] = 0;
+      cutsq[i][j] = cutghost[i][j] = 0.0;
+    }
+}
+
+std::vector<PairHLGauss *> PairHLGauss::find_all(LAMMPS *lmp)
+{
+  std::vector<PairHLGauss *> found;
+  for (const char *name : {"mliap", "hlgauss"}) {
+    for (int n = 1;; n++) {
+      Pair *pair = lmp->force->pair_match(name, 1, n);
+      if (!pair) break;
+      int dim = 0;
+      auto *ours = static_cast<PairHLGauss *>(pair->extract("hlgauss_pair", dim));
+      if (ours && std::find(found.begin(), found.end(), ours) != found.end()) break;
+      if (ours) found.push_back(ours);
+      if (n > 1 && pair == lmp->force->pair_match(name, 1, n - 1)) break;
+    }
+  }
+  return found;
+}
+
+/* ----------------------------------------------------------------------
+   pair_style: read the model, load it on every rank
+------------------------------------------------------------------------- */
+
+void PairHLGauss::settings(int narg, char **arg)
+{
+  const std::string usage = "expected 'model FILE [device auto|cpu|cuda|cuda:N]'";
+  if (narg < 2 || strcmp(arg[0], "model") != 0)
+    error->all(FLERR,
+               "pair_style mliap/hlgauss: {}, got '{}'; to change between LAMMPS's own mliap "
+               "and this one give 'pair_style none' first",
+               usage, join(std::vector<std::string>(arg, arg + narg)));
+  std::string device = "auto";
+  for (int iarg = 2; iarg < narg; iarg += 2) {
+    if (strcmp(arg[iarg], "device") != 0)
+      error->all(FLERR, "pair_style mliap/hlgauss: unknown keyword '{}'; {}", arg[iarg], usage);
+    if (iarg + 1 == narg || !is_device(arg[iarg + 1]))
+      error->all(FLERR,
+                 "pair_style mliap/hlgauss: device must be auto, cpu, cuda or cuda:N, got "
+                 "'{}'",
+                 iarg + 1 == narg ? "" : arg[iarg + 1]);
+    device = arg[iarg + 1];
+  }
+  model_path = arg[1];
+  const std::string bytes = read_model_file();
+
+  MPI_Comm node;
+  int local_rank, local_ranks;
+  MPI_Comm_split_type(world, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node);
+  MPI_Comm_rank(node, &local_rank);
+  MPI_Comm_size(node, &local_ranks);
+  MPI_Comm_free(&node);
+  load_model(bytes, device, local_rank, local_ranks);
+}
+
+std::string PairHLGauss::read_model_file()
+{
+  std::string bytes, problem;
+  if (comm->me == 0) {
+    const std::string found = utils::get_potential_file_path(model_path);
+    FILE *file = found.empty() ? nullptr : fopen(found.c_str(), "rb");
+    if (!file) {
+      problem = fmt::format("cannot open model file {}: {}; give its path relative to {} or set "
+                            "LAMMPS_POTENTIALS",
+                            model_path, strerror(ENOENT), platform::current_directory());
+    } else {
+      std::vector<char> buffer(1 << 20);
+      size_t n;
+      while ((n = fread(buffer.data(), 1, buffer.size(), file)) > 0) bytes.append(buffer.data(), n);
+      if (ferror(file)) problem = fmt::format("cannot read model file {}", model_path);
+      fclose(file);
+    }
+  }
+  broadcast(problem, world);
+  if (!problem.empty()) error->all(FLERR, "pair_style mliap/hlgauss: {}", problem);
+  broadcast(bytes, world);
+  return bytes;
+}
+
+void PairHLGauss::load_model(const std::string &bytes, const std::string &device, int local_rank,
+                             int local_ranks)
+{
+  std::string problem;
+  void *library = HLGauss::open_beside_plugin(HLGauss::TORCH_LIBRARY, problem);
+  if (!library)
+    problem += fmt::format(" (built against torch {})", HLGAUSS_TORCH_VERSION);
+  else if (auto load = reinterpret_cast<HLGauss::LoadModel>(
+               HLGauss::find_symbol(library, HLGauss::LOAD_MODEL_SYMBOL, problem))) {
+    const HLGauss::LoadRequest request = {bytes.data(), bytes.size(), device.c_str(),
+                                          local_rank,   local_ranks,  comm->nthreads};
+    model.reset(load(request, problem));
+    if (!model) problem = model_path + ": " + problem;
+  }
+  check_same_everywhere(problem);
+
+  const auto &info = model->info();
+  model_size = bytes.size();
+  model_hash = HLGauss::sha256(bytes.data(), bytes.size());
+  field_names = join(info.fields);
+  field_flags.assign(info.fields.size(), 0);
+  field_values.assign(info.fields.size(), {});
+  fields_step = -1;
+  ghostneigh = info.num_layers > 1 ? 1 : 0;
+  type_to_element.clear();
+  if (!info.warning.empty() && local_rank == 0) error->warning(FLERR, "hlgauss: {}", info.warning);
+  const std::string built = HLGAUSS_LAMMPS_VERSION;    // a date as number or as LAMMPS prints it
+  if (comm->me == 0 && built != std::to_string(lmp->num_ver) && built != lmp->version)
+    error->warning(FLERR,
+                   "hlgauss: the plugin was built against LAMMPS {} and runs in {}: reinstall "
+                   "lmp-hl",
+                   HLGAUSS_LAMMPS_VERSION, lmp->version);
+}
+
+/// Ends the run on all ranks alike with the first rank's problem, if any rank has one.
+void PairHLGauss::check_same_everywhere(const std::string &problem)
+{
+  int first = problem.empty() ? comm->nprocs : comm->me;
+  MPI_Allreduce(MPI_IN_PLACE, &first, 1, MPI_INT, MPI_MIN, world);
+  if (first == comm->nprocs) return;
+  int size = (int) problem.size();
+  MPI_Bcast(&size, 1, MPI_INT, first, world);
+  std::string message = problem;
+  message.resize(size);
+  MPI_Bcast(message.data(), size, MPI_CHAR, first, world);
+  error->all(FLERR, "pair_style mliap/hlgauss: {}{}", message,
+             first == 0 ? "" : fmt::format(" (on rank {})", first));
+}
+
+/* ----------------------------------------------------------------------
+   pair_coeff * * Si O NULL ...: the element of every atom type
+------------------------------------------------------------------------- */
+
+void PairHLGauss::coeff(int narg, char **arg)
+{
+  const auto &known = model->info().elements;
+  if (narg != 2 + atom->ntypes || strcmp(arg[0], "*") != 0 || strcmp(arg[1], "*") != 0)
+    error->all(FLERR,
+               "pair_coeff: expected '* *' and one element or NULL for each of the {} atom "
+               "types, got '{}'; {} knows {}",
+               atom->ntypes, join(std::vector<std::string>(arg, arg + narg)), model_path,
+               join(known));
+  if (!allocated) allocate();
+
+  type_to_element.assign(atom->ntypes + 1, -1);
+  bool any = false;
+  for (int itype = 1; itype <= atom->ntypes; itype++) {
+    const std::string name = arg[1 + itype];
+    if (name == "NULL") continue;
+    const auto found = std::find(known.begin(), known.end(), name);
+    if (found == known.end())
+      error->all(FLERR, "pair_coeff: element {} (type {}) is not in {}; it knows {}", name, itype,
+                 model_path, join(known));
+    type_to_element[itype] = (int) (found - known.begin());
+    any = true;
+  }
+  if (!any)
+    error->all(FLERR, "pair_coeff: every type is NULL; {} knows {}", model_path, join(known));
+
+  // alone, this style has to answer for NULL types as well: they feel no forces;
+  // under hybrid setflag tells which pairs of types are ours
+  const bool alone = force->pair == this;
+  for (int i = 1; i <= atom->ntypes; i++)
+    for (int j = i; j <= atom->ntypes; j++)
+      setflag[i][j] = alone || (type_to_element[i] >= 0 && type_to_element[j] >= 0);
+  log_pending = true;
+}
+
+/* ----------------------------------------------------------------------
+   before each run
+------------------------------------------------------------------------- */
+
+void PairHLGauss::init_style()
+{
+  if (!force->newton_pair)
+    error->all(FLERR,
+               "pair_style mliap/hlgauss: wanted 'newton on', got newton off for pairs; remove "
+               "the newton command");
+  if (strcmp(update->unit_style, "metal") == 0)
+    energy_unit = 1.0;
+  else if (strcmp(update->unit_style, "real") == 0)
+    energy_unit = utils::get_conversion_factor(utils::ENERGY, utils::METAL2REAL);
+  else
+    error->all(FLERR,
+               "pair_style mliap/hlgauss: wanted 'units metal' or 'units real', got 'units {}'",
+               update->unit_style);
+  check_special_bonds();
+  check_masses();
+
+  int request = NeighConst::REQ_FULL;
+  if (model->info().num_layers > 1) {
+    request |= NeighConst::REQ_GHOST;    // ghosts near the border need their neighbours too
+    extend_ghosts();
+  }
+  neighbor->add_request(this, request);
+  if (log_pending) log_summary();
+  log_pending = false;
+
+  num_evaluations = num_edges_seen = num_centers_seen = 0;
+  time_graph = time_model = time_tally = 0.0;
+}
+
+/// Bonded neighbours must be in the list: a many-body potential sees all atoms within its cutoff.
+void PairHLGauss::check_special_bonds()
+{
+  if (atom->molecular == Atom::ATOMIC || atom->nbonds == 0 || force->kspace) return;
+  for (int k = 1; k <= 3; k++)
+    if (force->special_lj[k] == 0.0 && force->special_coul[k] == 0.0)
+      error->all(FLERR,
+                 "pair_style mliap/hlgauss: wanted every bonded neighbour in the list, got "
+                 "special_bonds weights of 0, which drop them; add 'special_bonds lj/coul 1 1 1'");
+}
+
+/// The element whose mass is nearest must be the one named in pair_coeff.
+void PairHLGauss::check_masses()
+{
+  const auto &info = model->info();
+  if (!atom->mass) return;
+  for (int itype = 1; itype <= atom->ntypes; itype++) {
+    const int element = type_to_element[itype];
+    if (element < 0 || !atom->mass_setflag[itype]) continue;
+    const double mass = atom->mass[itype];
+    const double difference = fabs(mass - info.masses[element]);
+    for (size_t other = 0; other < info.elements.size(); other++)
+      if (fabs(mass - info.masses[other]) < difference)
+        error->all(FLERR,
+                   "pair_coeff: type {} is named {} (mass {:.4g}), but its mass {:.4g} is nearer "
+                   "to {} ({:.4g}); correct the order in pair_coeff or the mass",
+                   itype, info.elements[element], info.masses[element], mass, info.elements[other],
+                   info.masses[other]);
+    if (difference > MASS_TOLERANCE * info.masses[element] && log_pending && comm->me == 0)
+      error->warning(FLERR,
+                     "hlgauss: type {} is {} with mass {:.6g}, the model was made for {:.6g}",
+                     itype, info.elements[element], mass, info.masses[element]);
+  }
+}
+
+/// Message passing needs the neighbours of neighbours: num_layers cutoffs beyond the border.
+void PairHLGauss::extend_ghosts()
+{
+  if (comm->mode != Comm::SINGLE)
+    error->all(FLERR,
+               "pair_style mliap/hlgauss: {} passes messages, which needs 'comm_modify mode "
+               "single'",
+               model_path);
+  const auto &info = model->info();
+  comm->cutghostuser = std::max(comm->cutghostuser, info.num_layers * info.cutoff + neighbor->skin);
+}
+
+double PairHLGauss::init_one(int i, int j)
+{
+  if (setflag[i][j] == 0) error->all(FLERR, "All pair coeffs are not set");
+  const bool ours = type_to_element[i] >= 0 && type_to_element[j] >= 0;
+  const double cutoff = ours ? model->info().cutoff : 0.0;
+  cutghost[i][j] = cutghost[j][i] = cutoff;
+  return cutoff;
+}
+
+void PairHLGauss::log_summary()
+{
+  if (comm->me != 0) return;
+  const auto &info = model->info();
+  std::string text = fmt::format("hlgauss: model     {} ({} bytes)\n", model_path, model_size);
+  text += fmt::format("  sha256    {}\n", model_hash);
+  text += fmt::format("  runtime   {}, device {}, {}, {} thread(s) per rank\n", info.runtime,
+                      info.device, info.dtype, comm->nthreads);
+  text += fmt::format("  cutoff    {:g} Angstrom, {} layer(s), ghost shell {:g} Angstrom\n",
+                      info.cutoff, info.num_layers,
+                      std::max(comm->cutghostuser, info.cutoff + neighbor->skin));
+  text += "  fields   ";
+  for (size_t k = 0; k < info.fields.size(); k++)
+    text += fmt::format(" {} [{}]", info.fields[k], info.field_units[k]);
+  text += info.fields.empty() ? " none\n" : "\n";
+  text += "  type  element        mass  model mass\n";
+  for (int itype = 1; itype <= atom->ntypes; itype++) {
+    const int element = type_to_element[itype];
+    const std::string mass = atom->mass && atom->mass_setflag[itype]
+                                 ? fmt::format("{:.4f}", atom->mass[itype])
+                                 : "per atom";
+    if (element < 0)
+      text +=
+          fmt::format("  {:>4}  {:<7}  {:>10}  (not seen by this style)\n", itype, "NULL", mass);
+    else
+      text += fmt::format("  {:>4}  {:<7}  {:>10}  {:>10.4f}\n", itype, info.elements[element],
+                          mass, info.masses[element]);
+  }
+  utils::logmesg(lmp, text);
+}
+
+/* ----------------------------------------------------------------------
+   the graph of the atoms whose energy is wanted and of the atoms they need
+------------------------------------------------------------------------- */
+
+int PairHLGauss::element_of(int i) const
+{
+  return type_to_element[atom->type[i]];
+}
+
+int PairHLGauss::add_node(int i)
+{
+  if (node_of_atom[i] < 0) {
+    node_of_atom[i] = (int) atom_of_node.size();
+    atom_of_node.push_back(i);
+    graph.species.push_back(element_of(i));
+  }
+  return node_of_atom[i];
+}
+
+void PairHLGauss::add_edges(int node)
+{
+  const double *const *const x = atom->x;
+  const double cutoffsq = model->info().cutoff * model->info().cutoff;
+  const int i = atom_of_node[node];
+  const int *const neighbors = list->firstneigh[i];
+  const int num_neighbors = list->numneigh[i];
+  for (int jj = 0; jj < num_neighbors; jj++) {
+    const int j = neighbors[jj] & NEIGHMASK;
+    if (element_of(j) < 0) continue;
+    const double dx = x[j][0] - x[i][0];
+    const double dy = x[j][1] - x[i][1];
+    const double dz = x[j][2] - x[i][2];
+    if (dx * dx + dy * dy + dz * dz >= cutoffsq) continue;    // the list also holds the skin
+    graph.centers.push_back(node);
+    graph.neighbors.push_back(add_node(image_of.empty() ? j : image_of[j]));
+    graph.vectors.insert(graph.vectors.end(), {dx, dy, dz});
+    edge_neighbor_atoms.push_back(j);
+  }
+}
+
+void PairHLGauss::build_graph()
+{
+  const int num_layers = model->info().num_layers;
+  const int num_atoms = atom->nlocal + atom->nghost;
+
+  graph.species.clear();
+  graph.centers.clear();
+  graph.neighbors.clear();
+  graph.vectors.clear();
+  graph.layer_nodes.assign(num_layers, 0);
+  graph.layer_edges.assign(num_layers, 0);
+  atom_of_node.clear();
+  edge_neighbor_atoms.clear();
+  node_of_atom.assign(num_atoms, -1);
+
+  // images of one atom have the same surroundings, hence the same features: with messages to pass
+  // one node stands for all of them, the owned atom if this rank has it, else the first reached
+  image_of.clear();
+  if (num_layers > 1) {
+    image_of.resize(num_atoms);
+    std::unordered_map<tagint, int> owner;
+    if (atom->tag_enable)
+      for (int i = 0; i < atom->nlocal; i++) owner.emplace(atom->tag[i], i);
+    for (int i = 0; i < num_atoms; i++) {
+      const auto found = atom->tag_enable ? owner.find(atom->tag[i]) : owner.end();
+      image_of[i] = found == owner.end() ? i : found->second;
+    }
+  }
+
+  for (int ii = 0; ii < list->inum; ii++)
+    if (element_of(list->ilist[ii]) >= 0) add_node(list->ilist[ii]);
+
+  // layer t computes the atoms that are at most num_layers - 1 - t hops away from an owned one
+  size_t centers_done = 0;
+  for (int hop = 0; hop < num_layers; hop++) {
+    const size_t num_centers = atom_of_node.size();
+    for (; centers_done < num_centers; centers_done++) add_edges((int) centers_done);
+    graph.layer_nodes[num_layers - 1 - hop] = (int64_t) num_centers;
+    graph.layer_edges[num_layers - 1 - hop] = (int64_t) graph.centers.size();
+  }
+}
+
+/* ----------------------------------------------------------------------
+   add energies, forces, virials:  F_i += g_e,  F_j -= g_e,  W = -sum_e r_e g_e
+   for each edge e from i to j with r_e = r_j - r_i and g_e = dE/dr_e
+------------------------------------------------------------------------- */
+
+void PairHLGauss::tally(int eflag_any, int vflag_any)
+{
+  double **const f = atom->f;
+  if (eflag_any) {
+    double total = 0.0;
+    for (size_t k = 0; k < result.energy.size(); k++) {
+      total += result.energy[k];
+      if (eflag_atom) eatom[atom_of_node[k]] += energy_unit * result.energy[k];
+    }
+    if (eflag_global) eng_vdwl += energy_unit * total;
+  }
+
+  double sum[6] = {0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
+  const size_t num_edges = graph.centers.size();
+  for (size_t e = 0; e < num_edges; e++) {
+    const int i = atom_of_node[graph.centers[e]];
+    const int j = edge_neighbor_atoms[e];
+    const double *const r = &graph.vectors[3 * e];
+    const double g[3] = {energy_unit * result.gradients[3 * e],
+                         energy_unit * result.gradients[3 * e + 1],
+                         energy_unit * result.gradients[3 * e + 2]};
+    for (int a = 0; a < 3; a++) {
+      f[i][a] += g[a];
+      f[j][a] -= g[a];
+    }
+    if (!vflag_any) continue;
+    // symmetric part: of one edge r and g need not be parallel, the sum is symmetric
+    const double v[6] = {-r[0] * g[0],
+                         -r[1] * g[1],
+                         -r[2] * g[2],
+                         -0.5 * (r[0] * g[1] + r[1] * g[0]),
+                         -0.5 * (r[0] * g[2] + r[2] * g[0]),
+                         -0.5 * (r[1] * g[2] + r[2] * g[1])};
+    for (int a = 0; a < 6; a++) sum[a] += v[a];
+    if (vflag_atom)
+      for (int a = 0; a < 6; a++) {    // half to each end, as LAMMPS's pair styles do
+        vatom[i][a] += 0.5 * v[a];
+        vatom[j][a] += 0.5 * v[a];
+      }
+  }
+  if (vflag_global)
+    for (int a = 0; a < 6; a++) virial[a] += sum[a];
+}
+
+/// On steps where fix pair has set a trigger, or compute hlgauss/atom may be read.
+bool PairHLGauss::fields_wanted() const
+{
+  if (std::find(field_flags.begin(), field_flags.end(), 1) != field_flags.end()) return true;
+  return eflag_atom && !modify->get_compute_by_style("hlgauss/atom").empty();
+}
+
+void PairHLGauss::compute(int eflag, int vflag)
+{
+  ev_init(eflag, vflag);
+  const double start = platform::walltime();
+  build_graph();
+  const double built = platform::walltime();
+
+  const bool with_fields = fields_wanted();
+  const auto num_owned = (size_t) graph.layer_nodes.back();
+  if (num_owned > 0) {
+    std::string problem;
+    if (!model->evaluate(graph, with_fields, result, problem))
+      error->one(FLERR,
+                 "pair_style mliap/hlgauss: evaluating {} failed on {} atoms and {} edges: {}",
+                 model_path, graph.species.size(), graph.centers.size(), problem);
+    for (size_t k = 0; k < num_owned; k++)
+      if (!std::isfinite(result.energy[k]))
+        error->one(FLERR,
+                   "pair_style mliap/hlgauss: the energy of atom {} is {} on step {}; atoms may "
+                   "have come too close: check the time step and the starting structure",
+                   atom->tag_enable ? atom->tag[atom_of_node[k]] : atom_of_node[k],
+                   result.energy[k], update->ntimestep);
+  } else {
+    result.energy.clear();
+    result.gradients.clear();
+    result.fields.assign(with_fields ? fields().size() : 0, {});
+  }
+  const double evaluated = platform::walltime();
+
+  tally(eflag_either, vflag_either);
+
+  if (with_fields) {
+    const auto size = (size_t) std::max(1, atom->nmax);
+    for (size_t k = 0; k < fields().size(); k++) {
+      const bool energy_like = model->info().field_units[k].rfind("eV", 0) == 0;
+      const double unit = energy_like ? energy_unit : 1.0;
+      field_values[k].assign(size, 0.0);
+      for (size_t node = 0; node < num_owned; node++)
+        field_values[k][atom_of_node[node]] = unit * result.fields[k][node];
+    }
+    fields_step = update->ntimestep;
+  }
+
+  num_evaluations++;
+  num_edges_seen += (bigint) graph.centers.size();
+  num_centers_seen += (bigint) num_owned;
+  time_graph += built - start;
+  time_model += evaluated - built;
+  time_tally += platform::walltime() - evaluated;
+}
+
+/* ----------------------------------------------------------------------
+   after each run: what it cost
+------------------------------------------------------------------------- */
+
+void PairHLGauss::finish()
+{
+  if (num_evaluations == 0) return;
+  bigint count[2] = {num_edges_seen, num_centers_seen};
+  double seconds[3] = {time_graph, time_model, time_tally};
+  MPI_Allreduce(MPI_IN_PLACE, count, 2, MPI_LMP_BIGINT, MPI_SUM, world);
+  MPI_Allreduce(MPI_IN_PLACE, seconds, 3, MPI_DOUBLE, MPI_SUM, world);
+  if (comm->me != 0) return;
+  const double milli = 1000.0 / (double) num_evaluations / comm->nprocs;
+  utils::logmesg(lmp,
+                 "hlgauss: {} evaluations, mean over ranks: graph {:.3f} ms, model {:.3f} ms, "
+                 "sums {:.3f} ms; {:.1f} edges per atom\n",
+                 num_evaluations, milli * seconds[0], milli * seconds[1], milli * seconds[2],
+                 (double) count[0] / (double) std::max<bigint>(1, count[1]));
+}
+
+/* ---------------------------------------------------------------------- */
+
+void *PairHLGauss::extract(const char *name, int &dim)
+{
+  dim = 0;
+  if (strcmp(name, "hlgauss_pair") == 0) return this;
+  if (!model) return nullptr;
+  if (strcmp(name, "cutoff") == 0) return const_cast<double *>(&model->info().cutoff);
+  if (strcmp(name, "model_hash") == 0) return model_hash.data();
+  if (strcmp(name, "model_path") == 0) return model_path.data();
+  if (strcmp(name, "fields") == 0) return field_names.data();
+  for (size_t k = 0; k < fields().size(); k++)
+    if (fields()[k] + "_flag" == name) return &field_flags[k];
+  return nullptr;
+}
+
+void *PairHLGauss::extract_peratom(const char *name, int &num_columns)
+{
+  num_columns = 0;
+  if (!model || fields_step != update->ntimestep) return nullptr;
+  for (size_t k = 0; k < fields().size(); k++)
+    if (fields()[k] == name) return field_values[k].data();
+  return nullptr;
+}
+
+double PairHLGauss::memory_usage()
+{
+  double bytes = Pair::memory_usage();
+  bytes += (double) sizeof(int64_t) *
+           (graph.species.capacity() + graph.centers.capacity() + graph.neighbors.capacity());
+  bytes += (double) sizeof(double) * (graph.vectors.capacity() + result.gradients.capacity());
+  bytes += (double) sizeof(int) * (node_of_atom.capacity() + edge_neighbor_atoms.capacity());
+  for (const auto &values : field_values) bytes += (double) sizeof(double) * values.capacity();
+  return bytes;
+}
