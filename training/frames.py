@@ -156,7 +156,7 @@ def read_frames(
     """Read labelled frames from any file ASE reads, and refuse every one that cannot be right.
 
     Labels are looked for under the configured keys in `atoms.info` and `atoms.arrays`, then in the
-    results of the attached calculator (where ASE puts `energy`, `forces`, `stress` of extended XYZ).
+    results of the attached calculator (where ASE puts `energy` and the like of extended XYZ).
 
     Args:
         paths: one file or several.
@@ -191,7 +191,8 @@ def split_frames(
 
     The share is drawn uniformly by numpy's generator seeded with `seed`: round(fraction · number),
     at least one on either side; both parts keep the frames' order. Neighbouring frames of a
-    dynamics run end up in both parts and are nearly the same: name validation files where that matters.
+    dynamics run end up in both parts and are nearly the same: name validation files where that
+    matters.
 
     Args:
         frames: at least two.
@@ -329,9 +330,8 @@ def check_energy_outliers(frames: Sequence[Frame], elements: Sequence[str]) -> N
     for _ in range(50):  # iteratively reweighted least squares for the sum of absolute values
         solution = np.linalg.lstsq(fractions * weights[:, None], energies * weights)[0]
         residuals = energies - fractions @ solution
-        weights = 1.0 / np.sqrt(
-            np.maximum(np.abs(residuals), 1e-3)
-        )  # 1 meV/atom: no weight is infinite
+        # residuals below 1 meV/atom count as that, so no weight is infinite
+        weights = np.maximum(np.abs(residuals), 1e-3) ** -0.5
     deviations = residuals - np.median(residuals)
     limit = max(OUTLIER_MADS * float(np.median(np.abs(deviations))), MIN_OUTLIER)
     far = np.flatnonzero(np.abs(deviations) > limit)
@@ -341,7 +341,8 @@ def check_energy_outliers(frames: Sequence[Frame], elements: Sequence[str]) -> N
         raise ValueError(
             f"targets far outside: the energy per atom of {len(far)} of {len(frames)} frames lies "
             f"more than {limit:.1f} eV/atom from what their composition gives in the others "
-            f"({names}{more}); energies must be total energies in eV of one level of theory: relabel or remove them"
+            f"({names}{more}); energies must be total energies in eV of one level of theory: "
+            f"relabel or remove them"
         )
 
 
@@ -502,7 +503,8 @@ def _energy(atoms: Atoms, source: str, key: str) -> float:
     energy = _label(atoms, source, key, "energy")
     if energy is None:
         raise ValueError(
-            f"{source}: no energy '{key}' ({_found(atoms)}); set data.energy_key, or remove the frame"
+            f"{source}: no energy '{key}' ({_found(atoms)}); set data.energy_key, or remove the "
+            f"frame"
         )
     if energy.size != 1 or not np.isfinite(energy).all():
         raise ValueError(
@@ -544,9 +546,8 @@ def _label(atoms: Atoms, source: str, key: str, what: str) -> NDArray[np.float64
             try:
                 return np.array(place[key], dtype=np.float64)
             except (TypeError, ValueError):
-                raise ValueError(
-                    f"{source}: {what} '{key}' is not numbers: {place[key]!r}"
-                ) from None
+                got = repr(place[key])
+                raise ValueError(f"{source}: {what} '{key}' is not a number: {got}") from None
     return None
 
 
