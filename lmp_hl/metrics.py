@@ -50,9 +50,9 @@ def mae(errors: ArrayLike, weights: ArrayLike | None = None) -> float:
 
 # ranking ----------------------------------------------------------------------------------------
 class RankCorrelation:
-    """Spearman's rank correlation, pooled or within groups, for many sets of weights.
+    """Spearman's rank correlation of signals with one error, pooled or within groups, reweighted.
 
-    Values are sorted once; each call then costs O(num_samples). Within each group g
+    Values are sorted once; each call then costs O(num_signals num_samples). Within each group g
 
         rho_g = cov_w(R_s, R_e) / sqrt(var_w(R_s) var_w(R_e)),   R the weighted mid-rank inside g,
 
@@ -66,23 +66,23 @@ class RankCorrelation:
     """
 
     def __init__(
-        self, signal: ArrayLike, error: ArrayLike, groups: ArrayLike | None = None
+        self, signals: Sequence[ArrayLike], error: ArrayLike, groups: ArrayLike | None = None
     ) -> None:
         """Sort the samples.
 
         Args:
-            signal: (num_samples,) any unit; larger should mean a larger error.
+            signals: num_signals times (num_samples,), any unit; larger should mean a larger error.
             error: (num_samples,) any unit.
             groups: (num_samples,) labels; None puts all samples in one group.
         """
         e = _samples("error", error)
-        s = _samples("signal", signal, e)
         labels = np.zeros(e.size, dtype=np.int64) if groups is None else np.asarray(groups)
         if labels.shape != e.shape:
             raise ValueError(f"groups: shape {labels.shape} where {e.shape} is wanted")
         self._group = np.unique(labels, return_inverse=True)[1]
         self._num_groups = int(self._group.max()) + 1 if e.size else 0
-        self._codes = [self._order(s), self._order(e)]
+        self._error = self._order(e)
+        self._signals = [self._order(_samples("signal", s, e)) for s in signals]
 
     def _order(self, values: Array) -> NDArray[np.int64]:
         """Number the distinct (group, value) pairs in lexicographic order."""
@@ -97,30 +97,32 @@ class RankCorrelation:
     def _sum(self, values: Array) -> Array:
         return np.bincount(self._group, values, self._num_groups).astype(np.float64)
 
-    def __call__(self, weights: ArrayLike | None = None) -> float:
-        """Rho in [-1, 1] for one set of weights (num_samples,); nan when no group can be ranked."""
-        like = np.empty(len(self._group))
-        w = _weights(weights, like) if weights is not None else np.ones(len(self._group))
-        total = self._sum(w)
-        safe = np.where(total > 0, total, 1.0)
-        ranks = []
-        for codes in self._codes:
-            count = np.bincount(codes, w)
-            # ranks run on through the groups; the offset this gives a group goes with its mean
-            rank = (np.cumsum(count) - count / 2)[codes]
-            ranks.append(rank - (self._sum(w * rank) / safe)[self._group])
-        signal, error = ranks
-        cov, var_s, var_e = (
-            self._sum(w * a * b) for a, b in ((signal, error), (signal, signal), (error, error))
-        )
-        # ranks are multiples of 1/2, a variance below this is rounding
-        tiny = 1e-9 * safe
-        ranked, informed = var_e > tiny, var_s > tiny
-        used = ranked & informed
-        rho = np.zeros(self._num_groups)
-        rho[used] = cov[used] / np.sqrt(var_s[used] * var_e[used])
-        weight = total[ranked].sum()
-        return float((total[ranked] @ rho[ranked]) / weight) if weight > 0 else float("nan")
+    def _ranks(self, codes: NDArray[np.int64], w: Array, total: Array) -> Array:
+        """Mid-ranks with the mean of each group taken away."""
+        count = np.bincount(codes, w)
+        # ranks run on through the groups; the offset this gives a group goes with its mean
+        rank = (np.cumsum(count) - count / 2)[codes]
+        return rank - (self._sum(w * rank) / total)[self._group]
+
+    def __call__(self, weights: ArrayLike | None = None) -> Array:
+        """One set of weights (num_samples,) to rho (num_signals,); nan where no group has ranks."""
+        like = np.ones(len(self._group))
+        w = _weights(weights, like)
+        weight = self._sum(w)
+        total = np.where(weight > 0, weight, 1.0)
+        error = self._ranks(self._error, w, total)
+        variance = self._sum(w * error * error)
+        # ranks are multiples of 1/2: a variance below this is rounding
+        ranked = variance > 1e-9 * total
+        if not ranked.any():
+            return np.full(len(self._signals), np.nan)
+        rho = np.zeros((len(self._signals), self._num_groups))
+        for row, codes in zip(rho, self._signals, strict=True):
+            signal = self._ranks(codes, w, total)
+            own = self._sum(w * signal * signal)
+            used = ranked & (own > 1e-9 * total)
+            row[used] = self._sum(w * signal * error)[used] / np.sqrt(own * variance)[used]
+        return np.asarray(rho[:, ranked] @ weight[ranked] / weight[ranked].sum())
 
 
 def spearman(signal: ArrayLike, error: ArrayLike, weights: ArrayLike | None = None) -> float:
@@ -129,7 +131,7 @@ def spearman(signal: ArrayLike, error: ArrayLike, weights: ArrayLike | None = No
     Dimensionless in [-1, 1]; 0 for a constant signal, nan for a constant error. See
     `RankCorrelation`.
     """
-    return RankCorrelation(signal, error)(weights)
+    return float(RankCorrelation([signal], error)(weights)[0])
 
 
 def spearman_within(
@@ -139,7 +141,7 @@ def spearman_within(
 
     A signal that only knows which group an atom belongs to scores 0. See `RankCorrelation`.
     """
-    return RankCorrelation(signal, error, groups)(weights)
+    return float(RankCorrelation([signal], error, groups)(weights)[0])
 
 
 def auroc(

@@ -1,0 +1,242 @@
+"""Evaluation with a pair potential whose errors and uncertainties are known."""
+
+import csv
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk
+from ase.calculators.lj import LennardJones
+from rich.console import Console
+
+from lmp_hl import evaluate, keys
+
+CUTOFF = 5.0
+
+
+@dataclass
+class PairModel:
+    """Lennard-Jones as a model file: force_std grows with the distance to the nearest neighbour."""
+
+    elements: list = field(default_factory=lambda: ["Ar"])
+    cutoff: float = CUTOFF
+    num_layers: int = 1
+    dtype: str = "float64"
+    fields: list = field(default_factory=lambda: ["energy", "force_std", "distance"])
+    field_units: list = field(default_factory=lambda: ["eV", "eV/Angstrom", "1"])
+
+    def evaluate(self, inputs, with_fields):
+        vectors = inputs[keys.EDGE_VECTORS].clone().requires_grad_(True)
+        center = inputs[keys.EDGE_INDEX][0]
+        num_atoms = len(inputs[keys.SPECIES])
+        d = vectors.norm(dim=1)
+
+        def pair(r):
+            return 4 * 0.1 * ((2.5 / r) ** 12 - (2.5 / r) ** 6)
+
+        shifted = 0.5 * (pair(d) - pair(torch.tensor(CUTOFF, dtype=d.dtype)))
+        energy = torch.zeros(num_atoms, dtype=torch.float64).index_add(0, center, shifted)
+        (gradients,) = torch.autograd.grad(energy.sum(), vectors)
+        nearest = torch.full((num_atoms,), CUTOFF, dtype=d.dtype)
+        nearest = nearest.scatter_reduce(0, center, d.detach(), "amin")
+        std = 0.02 * torch.exp(4 * (nearest - 2.5))
+        return {
+            keys.ENERGY: energy.detach(),
+            keys.EDGE_GRADIENTS: gradients,
+            keys.FORCE_STD: std,
+            keys.DISTANCE: torch.ones_like(std),
+        }
+
+
+@dataclass
+class Labelled:
+    """A frame as lmp_hl.training.frames makes them."""
+
+    atoms: object
+    energy: float
+    forces: np.ndarray
+    stress: np.ndarray | None = None
+    config_type: str = ""
+    source: str = "memory: frame 0"
+
+    def __getattr__(self, name):
+        return getattr(self.atoms, name)
+
+
+def crystal(rng, stretch=1.0, rattle=0.1):
+    atoms = bulk("Ar", "fcc", a=3.8 * stretch, cubic=True) * (2, 2, 2)
+    atoms.set_cell(atoms.cell[:] + [[0, 0, 0], [0.5, 0, 0], [0, 0.3, 0]], scale_atoms=True)
+    atoms.positions += rng.normal(0, rattle, (len(atoms), 3))
+    return atoms
+
+
+def noisy_frames(rng, num_frames, stretch=1.0, config_type=""):
+    """Frames whose labels differ from the model by Gaussians of the size the model predicts."""
+    model, frames = PairModel(), []
+    for _ in range(num_frames):
+        atoms = crystal(rng, stretch)
+        exact = Labelled(atoms, 0.0, np.zeros((len(atoms), 3)))
+        p = evaluate.predict(model, [exact])
+        noise = rng.normal(0, p.fields["force_std"][:, None], (len(atoms), 3))
+        energy = p.energy[0] + 0.002 * len(atoms)
+        frames.append(Labelled(atoms, energy, p.forces + noise, None, config_type))
+    return frames
+
+
+@pytest.fixture(scope="module")
+def sets():
+    rng = np.random.default_rng(0)
+    model = PairModel()
+    seen = [*noisy_frames(rng, 8, 1.0, "cold"), *noisy_frames(rng, 4, 1.01, "warm")]
+    return (
+        evaluate.predict(model, noisy_frames(rng, 10, 1.1)),
+        evaluate.predict(model, seen),
+    )
+
+
+@pytest.fixture(scope="module")
+def report(sets):
+    return evaluate.report(*sets, num_resamples=100)
+
+
+def test_energy_forces_and_stress_of_a_triclinic_cell_equal_ase():
+    atoms = crystal(np.random.default_rng(1))
+    atoms.calc = LennardJones(sigma=2.5, epsilon=0.1, rc=CUTOFF)
+    true = Labelled(
+        atoms, atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress(voigt=False)
+    )
+    p = evaluate.predict(PairModel(), [true])
+    # two float64 sums over the same pairs in another order
+    np.testing.assert_allclose(p.energy, p.energy_true, rtol=1e-12)
+    np.testing.assert_allclose(p.forces, p.forces_true, atol=1e-11)
+    np.testing.assert_allclose(p.stress, p.stress_true, atol=1e-13)
+    numbers = evaluate.report(p, num_resamples=2)["sets"]["data"]
+    assert numbers["stress_rmse_meV_per_Angstrom3"]["value"] < 1e-9
+
+
+def test_forces_are_minus_the_gradient_of_the_energy():
+    atoms = crystal(np.random.default_rng(2))
+    labels = (0.0, np.zeros((len(atoms), 3)))
+    forces = evaluate.predict(PairModel(), [Labelled(atoms, *labels)]).forces
+    step, energies = 1e-5, []
+    for sign in (1, -1):
+        moved = atoms.copy()
+        moved.positions[3, 1] += sign * step
+        energies.append(evaluate.predict(PairModel(), [Labelled(moved, *labels)]).energy[0])
+    # central differences: error step² times the third derivative, and rounding 1e-15/step
+    assert forces[3, 1] == pytest.approx(-(energies[0] - energies[1]) / (2 * step), abs=1e-7)
+
+
+def test_known_errors_come_back_in_their_units(sets, report):
+    held_out = report["sets"]["held out"]
+    assert held_out["energy_rmse_meV_per_atom"]["value"] == pytest.approx(2.0)
+    direct = 1e3 * np.sqrt(((sets[0].forces - sets[0].forces_true) ** 2).mean())
+    assert held_out["forces_rmse_meV_per_Angstrom"]["value"] == pytest.approx(direct)
+    assert held_out["by_element"]["Ar"]["num_atoms"] == held_out["num_atoms"] == 320
+    seen = report["sets"]["seen"]["by_config_type"]
+    assert {k: v["num_atoms"] for k, v in seen.items()} == {"cold": 256, "warm": 128}
+
+
+def test_errors_as_large_as_predicted_have_size_ratio_one(report):
+    for numbers in report["sets"].values():
+        ratio = numbers["calibration"]["force_std"]["size_ratio"]
+        # about 1000 components of unequal size: relative error of their rms below 5 %, three times
+        assert ratio["value"] == pytest.approx(1, abs=0.15)
+        assert ratio["low"] < ratio["value"] < ratio["high"]
+        covered = numbers["calibration"]["force_std"]["coverage"]["0.6827"]
+        assert covered == pytest.approx(0.6827, abs=0.06)  # 4 sqrt(0.68 0.32 / 960)
+
+
+def test_force_std_ranks_and_its_monotone_control_ranks_alike(report):
+    pooled = report["ranking"]["held out"]["pooled"]
+    assert pooled["force_std"]["value"] > 0.3
+    # the fake field is a monotone function of this control: no lead, on any draw
+    assert pooled["neighbor_distance"]["value"] == pytest.approx(pooled["force_std"]["value"])
+    assert pooled["force_std"]["over_best_control"]["high"] <= 1e-12
+    assert pooled["distance"]["value"] == 0.0
+    assert report["best_field"]["pooled"] == "force_std"
+
+
+def test_controls_take_the_sign_that_favours_them(report):
+    for ranking in report["ranking"].values():
+        for scores in ranking.values():
+            assert all(scores[c]["value"] >= 0 for c in evaluate.CONTROLS)
+    assert report["ranking"]["held out"]["pooled"]["coordination"]["sign"] == -1
+
+
+def test_stretched_frames_separate_from_seen_ones(report):
+    for how in ("mean", "max"):
+        assert report["separation"][how]["force_std"]["value"] > 0.95
+        assert report["separation"][how]["distance"]["value"] == 0.5
+
+
+def test_groups_follow_element_config_type_and_site(sets):
+    held_out, seen = sets
+    assert set(held_out.groups()) == {"pooled", "within_element"}
+    assert set(seen.groups()) == {"pooled", "within_element", "within_config_type"}
+
+
+def test_per_frame_mean_and_max(sets):
+    values = sets[0].fields["force_std"].reshape(10, 32)
+    flat = values.ravel()
+    np.testing.assert_allclose(sets[0].per_frame(flat, "mean"), values.mean(1))
+    np.testing.assert_allclose(sets[0].per_frame(flat, "max"), values.max(1))
+
+
+def test_coordination_counts_the_first_shell():
+    atoms = bulk("Si", "diamond", a=5.43, cubic=True)
+    numbers = np.full(8, 14)
+    center, neighbor, distance = _neighbors(atoms, 5.0)
+    smooth, count = evaluate.coordination(numbers, np.stack([center, neighbor]), distance)
+    np.testing.assert_array_equal(count, 4)
+    np.testing.assert_allclose(smooth, 4, atol=0.3)
+
+
+def _neighbors(atoms, cutoff):
+    from ase.neighborlist import neighbor_list
+
+    return neighbor_list("ijd", atoms, cutoff)
+
+
+def test_report_is_json_and_prints_the_best_field(report, tmp_path):
+    evaluate.write_json(tmp_path / "r.json", report)
+    assert json.loads((tmp_path / "r.json").read_text())["best_field"]["pooled"] == "force_std"
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    evaluate.print_report(report, console)
+    text = console.export_text()
+    assert "neighbor_distance (control)" in text
+    assert [line for line in text.splitlines() if "force_std" in line and "▸" in line]
+
+
+def test_csv_has_one_line_per_atom(sets, tmp_path):
+    evaluate.write_csv(tmp_path / "atoms.csv", {"held out": sets[0], "seen": sets[1]})
+    with open(tmp_path / "atoms.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 320 + 384
+    assert rows[-1]["set"] == "seen" and rows[-1]["frame"] == "11" and rows[-1]["atom"] == "31"
+    assert float(rows[5]["force_error"]) == pytest.approx(sets[0].error[5])
+
+
+def test_figures_are_written(sets, report, tmp_path):
+    paths = evaluate.write_figures(tmp_path / "f", {"held out": sets[0], "seen": sets[1]}, report)
+    assert [p.name for p in paths] == [
+        "parity.png", "error_force_std.png", "error_distance.png", "rankings.png"
+    ]  # fmt: skip
+    assert all(p.stat().st_size > 10_000 for p in paths)
+
+
+def test_no_frames_and_broken_fields_are_refused():
+    with pytest.raises(ValueError, match=r"x\.xyz: no frames"):
+        evaluate.predict(PairModel(), [], "x.xyz")
+
+    class Broken(PairModel):
+        def evaluate(self, inputs, with_fields):
+            out = super().evaluate(inputs, with_fields)
+            return out | {keys.FORCE_STD: out[keys.FORCE_STD] * float("nan")}
+
+    atoms = crystal(np.random.default_rng(3))
+    frame = Labelled(atoms, 0.0, np.zeros((len(atoms), 3)), source="x.xyz: frame 7")
+    with pytest.raises(ValueError, match=r"x\.xyz: frame 7: the model's force_std is not finite"):
+        evaluate.predict(Broken(), [frame])
