@@ -1,0 +1,107 @@
+"""What training minimises: HL-Gauss cross-entropy of per-atom energies, squared errors of forces and stress.
+
+Weights and units make the histogram and the scalar control comparable: the energy term of both has the
+gradient of (dE)^2 / N in the mean energy of every atom, whatever the bin width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmp_hl import histogram, keys
+from lmp_hl.nn.heads import AtomicEnergy, HistogramEnergy
+from lmp_hl.potential import Potential, edge_forces
+
+from . import frames as fr
+
+
+class Prediction(NamedTuple):
+    """A batch evaluated with everything the losses need.
+
+    energy: (num_graphs,) float64, eV, without reference energies; forces: (num_nodes, 3), eV/Å;
+    stress: (num_graphs, 3, 3), eV/Å³; atoms: per-atom output of the energy head.
+    """
+
+    energy: Tensor
+    forces: Tensor
+    stress: Tensor
+    atoms: AtomicEnergy
+
+
+def predict(potential: Potential, batch: dict[str, Tensor], create_graph: bool) -> Prediction:
+    """Energies, forces and stress of a batch; `create_graph` keeps them differentiable in the weights."""
+    vectors = batch[keys.EDGE_VECTORS].detach().requires_grad_(True)
+    _, atoms = potential.atoms({**batch, keys.EDGE_VECTORS: vectors})
+    (gradient,) = torch.autograd.grad([atoms.energy.sum()], [vectors], create_graph=create_graph)
+    graph_of = batch[fr.BATCH]
+    num_graphs = batch[fr.NUM_ATOMS].shape[0]
+    energy = atoms.energy.new_zeros(num_graphs, dtype=torch.float64)
+    energy = energy.index_add(0, graph_of, atoms.energy.double())
+    forces = edge_forces(batch[keys.EDGE_INDEX], gradient, graph_of.shape[0])
+    outer = vectors.unsqueeze(2) * gradient.unsqueeze(1)  # (num_edges, 3, 3)
+    virial = outer.new_zeros((num_graphs, 3, 3))
+    virial = virial.index_add(0, graph_of[batch[keys.EDGE_INDEX][0]], outer)
+    stress = 0.5 * (virial + virial.transpose(1, 2)) / batch[fr.VOLUME].reshape(-1, 1, 1)
+    return Prediction(energy, forces, stress, atoms)
+
+
+def energy_squared(prediction: Prediction, batch: dict[str, Tensor]) -> Tensor:
+    """Mean over frames of (dE)^2 / N, eV²."""
+    residual = prediction.energy - batch[fr.TARGET_ENERGY]
+    return (residual.square() / batch[fr.NUM_ATOMS]).mean()
+
+
+class HistogramLoss(NamedTuple):
+    """loss: eV²; outside: share of per-atom targets beyond the support; spread: predicted / true error."""
+
+    loss: Tensor
+    outside: Tensor
+    spread: Tensor
+
+
+def energy_histogram(
+    head: HistogramEnergy, prediction: Prediction, batch: dict[str, Tensor]
+) -> HistogramLoss:
+    """HL-Gauss cross-entropy with equal shares.
+
+    Atom i's target is N(E_i + dE / N, sigma^2), E_i its detached mean and dE the frame's missing energy, in the bins that
+    stand at its detached anchor. Its cross-entropy is multiplied by 2 tau_i^2 w^2 (detached; the beta-NLL of Seitzer et
+    al. 2022): the anchor then feels exactly the gradient of (dE)^2 / N, and atoms whose histogram has
+    widened are not neglected. The mean over frames of the sum over atoms is returned, less the floor of the entropy.
+
+    Targets beyond the support take its nearest end and are counted.
+    """
+    graph_of = batch[fr.BATCH]
+    width = head.bin_width
+    share = (batch[fr.TARGET_ENERGY] - prediction.energy).detach() / batch[fr.NUM_ATOMS]
+    atoms = prediction.atoms
+    offset = (atoms.energy - atoms.anchor).detach().double()
+    targets = ((offset + share[graph_of]) / width).to(atoms.logits.dtype)  # in bins from the anchor
+    sigma = torch.full_like(targets, head.sigma_in_bins)
+    target_probs = histogram.hl_gauss(targets, head.edges, sigma)
+    entropy = histogram.cross_entropy(target_probs, atoms.logits)
+    probs = torch.softmax(atoms.logits.detach(), 1)
+    variance = histogram.variance(probs, head.offsets)
+    scale = 2.0 * variance * width.to(variance.dtype) ** 2
+    per_atom = scale * (entropy - head.entropy_floor())
+    excess = (variance - head.kernel_variance()).clamp(min=0.0).mean()
+    return HistogramLoss(
+        per_atom.sum() / batch[fr.NUM_ATOMS].shape[0],
+        histogram.outside_support(targets, head.edges).double().mean(),
+        (excess / targets.square().mean().clamp(min=1e-12)).sqrt(),
+    )
+
+
+def forces_squared(prediction: Prediction, batch: dict[str, Tensor]) -> Tensor:
+    """Mean squared error of a force component, (eV/Å)²."""
+    return (prediction.forces - batch[fr.TARGET_FORCES]).square().mean()
+
+
+def stress_squared(prediction: Prediction, batch: dict[str, Tensor]) -> Tensor:
+    """Mean squared error of a virial component per atom^(1/2), (V d sigma)^2 / N, eV²; 0 if no frame has one."""
+    target = batch[fr.TARGET_STRESS]
+    known = torch.isfinite(target)
+    scale = (batch[fr.VOLUME] / batch[fr.NUM_ATOMS].sqrt()).reshape(-1, 1, 1)
+    error = torch.where(known, (prediction.stress - torch.nan_to_num(target)) * scale, 0.0)
+    return error.square().sum() / known.sum().clamp(min=1)

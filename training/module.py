@@ -1,0 +1,198 @@
+"""One training run as Lightning sees it: steps, losses, metrics, schedule, the switch to histograms."""
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lmp_hl.nn.heads import HistogramEnergy
+from lmp_hl.potential import Potential
+
+from . import frames as fr
+from . import losses
+from .config import ModelConfig, TrainConfig
+
+# share of the schedule in which the learning rate rises, and where it ends
+RISE, END = 0.02, 0.01
+
+
+def build_potential(config: ModelConfig, num_elements: int) -> Potential:
+    """A new potential with random weights, in the configuration's dtype."""
+    potential = Potential(
+        num_elements=num_elements,
+        cutoff=config.cutoff,
+        num_layers=config.layers,
+        head=config.head,
+        channels=config.channels,
+        l_max=config.l_max,
+        num_radial=config.num_radial,
+        num_scalars=config.hidden,
+        num_bins=config.num_bins,
+        sigma=config.sigma,
+    )
+    return potential.double() if config.dtype == "float64" else potential
+
+
+class PotentialModule(L.LightningModule):
+    """Trains a Potential.
+
+    Args:
+        potential: with scales and reference energies set.
+        config: the run.
+    """
+
+    def __init__(self, potential: Potential, config: TrainConfig) -> None:
+        super().__init__()
+        self.potential = potential
+        self.config = config
+        # fitted after training on frozen features, never by the loss
+        for part in (potential.distance, potential.force_distribution):
+            part.requires_grad_(False)
+        self._sums: dict[str, Tensor] = {}
+
+    @property
+    def uses_histogram(self) -> bool:
+        """Whether the energy loss is the cross-entropy at this epoch (after the warm-up)."""
+        is_histogram = isinstance(self.potential.energy_head, HistogramEnergy)
+        return is_histogram and self.current_epoch >= self.config.training.warmup_epochs
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a short linear rise and a cosine descent to 1 % of the learning rate."""
+        training = self.config.training
+        optimizer = torch.optim.AdamW(
+            [p for p in self.parameters() if p.requires_grad],
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            amsgrad=True,
+        )
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+
+        def factor(step: int) -> float:
+            done = step / total
+            if done < RISE:
+                return (step + 1) / (RISE * total + 1)
+            return END + (1 - END) * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - RISE) / (1 - RISE))))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_epoch_start(self) -> None:
+        """Measure the bin width once the scalar warm-up is over."""
+        self._sums = {}
+        head = self.potential.energy_head
+        if isinstance(head, HistogramEnergy) and self.current_epoch == self.config.training.warmup_epochs:
+            loader = self.trainer.train_dataloader
+            set_bin_width(self.potential, loader, self.config.model.bin_width, self.device)
+            self.print(
+                f"histogram on: {head.num_bins} bins of {1e3 * float(head.bin_width):.3g} meV around "
+                f"each atom's anchor"
+            )
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        """Loss of one batch."""
+        return self._evaluate(batch, "train")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the histogram's shape untouched while the loss does not see it."""
+        head = self.potential.energy_head
+        if isinstance(head, HistogramEnergy) and not self.uses_histogram:
+            for parameter in (*head.delta.parameters(), *head.log_tau.parameters()):
+                parameter.grad = torch.zeros_like(parameter)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what the previous validation summed up."""
+        self._sums = {k: v for k, v in self._sums.items() if k.startswith("train")}
+
+    def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
+        """Errors on validation frames; forces need gradients even here."""
+        with torch.enable_grad():
+            self._evaluate(batch, "valid")
+
+    def on_validation_epoch_end(self) -> None:
+        """Publish the validation errors."""
+        self._publish("valid")
+
+    def on_train_epoch_end(self) -> None:
+        """Publish the training errors, of the weights as they moved during the epoch."""
+        self._publish("train")
+
+    def _evaluate(self, batch: dict[str, Tensor], split: str) -> Tensor:
+        weights = self.config.loss
+        prediction = losses.predict(self.potential, batch, create_graph=split == "train")
+        head = self.potential.energy_head
+        if self.uses_histogram and isinstance(head, HistogramEnergy):
+            energy, outside, spread = losses.energy_histogram(head, prediction, batch)
+            self._add(split, "outside", 100.0 * outside, 1)
+            self._add(split, "spread", spread, 1)
+        else:
+            energy = losses.energy_squared(prediction, batch)
+        forces = losses.forces_squared(prediction, batch)
+        loss = weights.energy * energy + weights.forces * forces
+        if weights.stress > 0 and bool(torch.isfinite(batch[fr.TARGET_STRESS]).any()):
+            loss = loss + weights.stress * losses.stress_squared(prediction, batch)
+            error = prediction.stress - batch[fr.TARGET_STRESS]
+            known = torch.isfinite(error)
+            self._add(split, "stress_rmse", error[known].square().sum(), int(known.sum()))
+        per_atom = (prediction.energy - batch[fr.TARGET_ENERGY]) / batch[fr.NUM_ATOMS]
+        self._add(split, "energy_rmse", per_atom.square().sum(), per_atom.numel())
+        self._add(split, "forces_rmse", forces * prediction.forces.numel(), prediction.forces.numel())
+        self._add(split, "loss", loss, 1)
+        return loss
+
+    def _add(self, split: str, name: str, value: Tensor, count: int) -> None:
+        total = torch.stack([value.detach().double(), value.new_tensor(count, dtype=torch.float64)])
+        key = f"{split}/{name}"
+        self._sums[key] = self._sums[key] + total if key in self._sums else total
+
+    def _publish(self, split: str) -> None:
+        for key, total in self._sums.items():
+            if not key.startswith(split):
+                continue
+            total = self.trainer.strategy.reduce(total, reduce_op="sum")
+            value = total[0] / total[1]
+            if key.endswith("_rmse"):
+                value = 1e3 * value.sqrt()  # meV/atom, meV/Å, meV/Å³
+            self.log(key.replace("/", "_"), value.float(), rank_zero_only=False, sync_dist=False)
+
+
+@torch.no_grad()
+def set_bin_width(
+    potential: Potential, loader: Any, bin_width: float | None, device: torch.device
+) -> None:
+    """Choose w so that every training target lies well inside the support, or check the given one.
+
+    w = 1.5 max |dE/N| / (num_bins / 2 - 4 sigma / w): half as much room again as today's largest residual, and 4 sigma
+    of padding against truncation.
+
+    Args:
+        potential: after the scalar warm-up.
+        loader: batches of training frames.
+        bin_width: eV, or None to measure it.
+        device: of the potential.
+
+    Raises:
+        ValueError: with a given width a target lies more than four supports away; names the frames.
+    """
+    head = potential.energy_head
+    shares = []
+    dataset = loader.dataset
+    for graph in dataset:
+        batch = {k: v.to(device) for k, v in fr.collate_graphs([graph]).items()}
+        _, atoms = potential.atoms(batch)
+        residual = batch[fr.TARGET_ENERGY][0] - atoms.energy.double().sum()
+        shares.append(float(residual / batch[fr.NUM_ATOMS][0]))
+    largest = max(abs(share) for share in shares)
+    half = head.num_bins / 2
+    if bin_width is None:
+        bin_width = max(1.5 * largest / (half - 4 * head.sigma_in_bins), 1e-5)
+    far = [k for k, share in enumerate(shares) if abs(share) > 4 * half * bin_width]
+    if far:
+        names = "; ".join(f"{dataset.frames[k].source} by {shares[k]:+.3g}" for k in far[:5])
+        raise ValueError(
+            f"targets of {len(far)} frames lie far outside the histogram's support of "
+            f"±{half * bin_width:.3g} eV/atom around the prediction ({names} eV/atom); check their labels, "
+            f"or leave model.bin_width to be measured (null)"
+        )
+    head.set_bin_width(bin_width)
