@@ -62,6 +62,7 @@ class Labelling:
             metallic, so all frames are smeared.
         added_mos: unoccupied orbitals that smearing may fill.
         mixing_alpha: fraction of the new density in Broyden mixing; smaller is slower and safer.
+        mixing_history: steps Broyden mixing remembers; slabs need more than CP2K's default of 4.
         max_scf: SCF steps before a frame counts as not converged.
         kpoints: Monkhorst-Pack mesh; None is the Gamma point.
     """
@@ -73,6 +74,7 @@ class Labelling:
     electronic_temperature: float = 1000.0
     added_mos: int = 40
     mixing_alpha: float = 0.4
+    mixing_history: int = 10
     max_scf: int = 60
     kpoints: tuple[int, int, int] | None = None
 
@@ -426,6 +428,7 @@ def cp2k_input(settings: Labelling) -> str:
       &MIXING
         METHOD BROYDEN_MIXING
         ALPHA {settings.mixing_alpha}
+        NBROYDEN {settings.mixing_history}
       &END MIXING
       &SMEAR
         METHOD FERMI_DIRAC
