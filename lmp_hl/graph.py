@@ -175,7 +175,7 @@ def graph_inputs(
     species = species_indices(structure.numbers, elements)
     positions = np.asarray(structure.positions, dtype=np.float64).reshape(-1, 3)
     edge_index, cell_shifts = neighbor_list(positions, structure.cell, structure.pbc, cutoff)
-    cell = np.asarray(structure.cell, dtype=np.float64)
+    cell = periodic_cell(structure.cell, structure.pbc)
     vectors = edge_vectors(positions, cell, edge_index, cell_shifts)
     return {
         keys.SPECIES: torch.from_numpy(species),

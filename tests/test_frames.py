@@ -144,6 +144,8 @@ def bad_frames():
     flat = labelled(Atoms("Si", cell=[[5, 0, 0], [0, 5, 0], [5, 5, 0]], pbc=True))
     case("flat cell", flat, r"periodic cell has no volume")
     case("no cell", labelled(Atoms("Si", pbc=True)), r"periodic cell has no volume")
+    torn = labelled(Atoms("Si", cell=[5.0, 5.0, np.nan], pbc=[True, True, False]))
+    case("torn cell", torn, r"the cell is not finite")
     lost = silicon()
     lost.positions[3, 2] = np.nan
     case("lost atom", lost, r"positions of atoms \[3\] .* not finite")
@@ -170,6 +172,14 @@ def test_a_stress_that_is_not_symmetric_is_refused(tmp_path):
     atoms.info["REF_stress"] = STRESS + np.array([[0, 0.1, 0], [0, 0, 0], [0, 0, 0]])
     with pytest.raises(ValueError, match=r"frame 0: stress 'REF_stress' is not symmetric"):
         read(write(tmp_path, atoms), stress_key="REF_stress")
+
+
+def test_rounding_in_a_stress_is_made_symmetric(tmp_path):
+    atoms = silicon()
+    atoms.info["REF_stress"] = STRESS + np.array([[0, 1e-4, 0], [0, 0, 0], [0, 0, 0]])
+    (frame,) = read(write(tmp_path, atoms), stress_key="REF_stress")
+    assert (frame.stress == frame.stress.T).all()
+    assert frame.stress[0, 1] == pytest.approx(STRESS[0, 1] + 0.5e-4, abs=1e-8)
 
 
 def test_unknown_elements_are_refused_by_name(tmp_path):
@@ -343,9 +353,8 @@ def test_targets_are_the_labels_minus_the_references(dataset):
     assert stress[1:].isnan().all()
     volume = float(bulk("Si", cubic=True).get_volume())
     assert batch[fr.VOLUME].tolist() == pytest.approx([volume, np.inf, np.inf, volume], rel=1e-6)
-    assert {batch[k].dtype for k in (keys.EDGE_VECTORS, fr.TARGET_FORCES, fr.VOLUME)} == {
-        torch.float32
-    }
+    in_model_dtype = (keys.EDGE_VECTORS, fr.TARGET_FORCES, fr.TARGET_STRESS, fr.VOLUME)
+    assert {batch[key].dtype for key in in_model_dtype} == {torch.float32}
 
 
 def test_collating_one_graph_changes_nothing_and_leaves_items_alone(dataset):

@@ -65,6 +65,19 @@ def test_zero_cell_vectors_are_fine_where_not_periodic(pbc):
     assert edges
 
 
+def test_what_stands_in_a_non_periodic_direction_does_not_matter():
+    positions = np.random.default_rng(4).uniform(-6.0, 6.0, size=(12, 3))
+    expected = neighbor_list(positions, np.diag([5.0, 6.0, 0.0]), [True, True, False], 5.0)
+    assert expected[0].shape[1] > 0
+    for third in ([5.0, 6.0, 0.0], [np.nan] * 3, [0.0, 0.0, 0.1]):
+        cell = [[5.0, 0.0, 0.0], [0.0, 6.0, 0.0], third]
+        found = neighbor_list(positions, cell, [True, True, False], 5.0)
+        np.testing.assert_array_equal(found[0], expected[0])
+        np.testing.assert_array_equal(found[1], expected[1])
+        atoms = Atoms("H12", positions, cell=cell, pbc=[True, True, False])
+        assert graph_inputs(atoms, ["H"], 5.0, 1, "float64")[keys.EDGE_VECTORS].isfinite().all()
+
+
 def test_pairs_at_the_cutoff_are_outside():
     positions = [[0.0, 0.0, 0.0], [2.0, 0.0, 0.0]]
     for cutoff, expected in [(2.0, 0), (np.nextafter(2.0, 3.0), 2)]:

@@ -566,10 +566,12 @@ def _check_structure(frame: Frame, elements: Sequence[str] | None) -> None:
         raise ValueError("has atoms of unknown element 'X'; name their element or remove the frame")
     if elements is not None:
         species_indices(frame.numbers, elements)
-    periodic_cell(frame.cell, frame.pbc)
-    edge_index, shifts = neighbor_list(frame.positions, frame.cell, frame.pbc, MIN_DISTANCE)
+    if not np.isfinite(frame.cell).all():
+        raise ValueError(f"the cell is not finite: {frame.cell.tolist()}; give one or remove it")
+    cell = periodic_cell(frame.cell, frame.pbc)
+    edge_index, shifts = neighbor_list(frame.positions, cell, frame.pbc, MIN_DISTANCE)
     if edge_index.shape[1]:
-        vectors = edge_vectors(frame.positions, frame.cell, edge_index, shifts)
+        vectors = edge_vectors(frame.positions, cell, edge_index, shifts)
         distances = np.linalg.norm(vectors, axis=1)
         k = int(np.argmin(distances))
         i, j = edge_index[:, k].tolist()
