@@ -70,7 +70,8 @@ def energy_histogram(
     al. 2022): the anchor then feels exactly the gradient of (dE)^2 / N, and atoms whose histogram has
     widened are not neglected. The mean over frames of the sum over atoms is returned, less the floor of the entropy.
 
-    Targets beyond the support take its nearest end and are counted.
+    A target beyond the support has no histogram: there the squared error takes over, with the same pull, and
+    the share of such targets is returned for the log.
     """
     graph_of = batch[fr.BATCH]
     width = head.bin_width
@@ -84,11 +85,13 @@ def energy_histogram(
     probs = torch.softmax(atoms.logits.detach(), 1)
     variance = histogram.variance(probs, head.offsets)
     scale = 2.0 * variance * width.to(variance.dtype) ** 2
-    per_atom = scale * (entropy - head.entropy_floor())
+    squared = (atoms.energy.double() - (atoms.energy.detach() + share[graph_of])).square()
+    outside = histogram.outside_support(targets, head.edges)
+    per_atom = torch.where(outside, squared, scale * (entropy - head.entropy_floor()).double())
     excess = (variance - head.kernel_variance()).clamp(min=0.0).mean()
     return HistogramLoss(
         per_atom.sum() / batch[fr.NUM_ATOMS].shape[0],
-        histogram.outside_support(targets, head.edges).double().mean(),
+        outside.double().mean(),
         (excess / targets.square().mean().clamp(min=1e-12)).sqrt(),
     )
 

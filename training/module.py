@@ -163,7 +163,7 @@ def set_bin_width(
 ) -> None:
     """Choose w so that every training target lies well inside the support, or check the given one.
 
-    w = 1.5 max |dE/N| / (num_bins / 2 - 4 sigma / w): half as much room again as today's largest residual, and 4 sigma
+    w = 2 max |dE/N| / (num_bins / 2 - 4 sigma / w): twice the room of today's largest residual, and 4 sigma
     of padding against truncation.
 
     Args:
@@ -186,7 +186,7 @@ def set_bin_width(
     largest = max(abs(share) for share in shares)
     half = head.num_bins / 2
     if bin_width is None:
-        bin_width = max(1.5 * largest / (half - 4 * head.sigma_in_bins), 1e-5)
+        bin_width = max(2.0 * largest / (half - 4 * head.sigma_in_bins), 1e-5)
     far = [k for k, share in enumerate(shares) if abs(share) > 4 * half * bin_width]
     if far:
         names = "; ".join(f"{dataset.frames[k].source} by {shares[k]:+.3g}" for k in far[:5])

@@ -1,11 +1,7 @@
 """One run of training, from YAML to a calibrated checkpoint."""
 
-import csv
 import dataclasses
-import importlib.metadata
-import json
 import logging
-import os
 import sys
 import time
 import warnings
@@ -27,42 +23,13 @@ from lmp_hl.potential import Potential
 
 from . import frames as fr
 from .calibrate import calibrate
-from .config import ModelConfig, TrainConfig, load_config, to_yaml
+from .checkpoint import save_checkpoint
+from .config import TrainConfig, load_config, to_yaml
 from .module import PotentialModule, build_potential
+from .notebook import Notebook
 
-log = logging.getLogger(__name__)
-
-CHECKPOINT_FORMAT = 1
 # as many atoms as set the scales of the features; more change nothing
 SCALE_ATOMS = 4000
-COLUMNS = {
-    "epoch": "",
-    "seconds": "s",
-    "learning_rate": "",
-    "train_loss": "eV²",
-    "train_energy_rmse": "meV/atom",
-    "train_forces_rmse": "meV/Å",
-    "train_stress_rmse": "meV/Å³",
-    "train_outside": "% targets outside the support",
-    "train_spread": "predicted/true",
-    "valid_loss": "eV²",
-    "valid_energy_rmse": "meV/atom",
-    "valid_forces_rmse": "meV/Å",
-    "valid_stress_rmse": "meV/Å³",
-}
-SHOWN = {
-    "epoch": ("epoch", "", 6, ".0f"),
-    "train_energy_rmse": ("E train", "meV/at", 9, ".2f"),
-    "train_forces_rmse": ("F train", "meV/Å", 9, ".1f"),
-    "valid_energy_rmse": ("E valid", "meV/at", 9, ".2f"),
-    "valid_forces_rmse": ("F valid", "meV/Å", 9, ".1f"),
-    "train_outside": ("outside", "%", 8, ".2f"),
-    "train_spread": ("spread", "p/t", 7, ".2f"),
-    "learning_rate": ("lr", "", 9, ".1e"),
-    "seconds": ("time", "s", 7, ".0f"),
-}
-
-
 def train(config_path: str | Path, resume: bool = False) -> Path:
     """Train, calibrate and save one potential.
 
@@ -161,146 +128,6 @@ def initial_potential(
     energies = torch.tensor([baseline[element] for element in elements], dtype=torch.float64)
     potential.reference_energies.copy_(energies)
     return potential
-
-
-def save_checkpoint(
-    path: Path,
-    potential: Potential,
-    config: TrainConfig,
-    splits: fr.Splits,
-    calibration: dict[str, Any],
-    seconds: float,
-) -> None:
-    """Write weights, configuration and what a model card needs; readable with weights_only."""
-    import yaml
-
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "ase")}
-    content = {
-        "lmp_hl_checkpoint": CHECKPOINT_FORMAT,
-        "state": potential.state_dict(),
-        "model": dataclasses.asdict(config.model),
-        "elements": list(splits.elements),
-        "card": {
-            "name": config.name,
-            "config": yaml.safe_load(to_yaml(config)),
-            "versions": versions,
-            "training": {
-                "train_frames": len(splits.train),
-                "valid_frames": len(splits.valid),
-                "train_atoms": sum(frame.num_atoms for frame in splits.train),
-                "seconds": round(seconds, 1),
-                "metrics": _last_metrics(path.parent / "metrics.csv"),
-            },
-            "reference_energies": splits.reference_energies,
-            "calibration": calibration,
-        },
-    }
-    temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path: str | Path) -> tuple[Potential, list[str], dict[str, Any]]:
-    """Read what save_checkpoint wrote.
-
-    Args:
-        path: model.ckpt of a finished run.
-
-    Returns:
-        potential, elements, card.
-
-    Raises:
-        ValueError: no such file, not a finished model, made by a newer version, or weights that do not fit
-            the architecture stored with them.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint; train one with lmp-hl train CONFIG.yaml")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint that torch can read ({error!r:.200})") from None
-    if not isinstance(content, dict) or "lmp_hl_checkpoint" not in content:
-        hint = (
-            "it is the state of an unfinished run, finish it with lmp-hl train CONFIG.yaml --resume"
-            if isinstance(content, dict) and "pytorch-lightning_version" in content
-            else "wanted the model.ckpt of a finished run"
-        )
-        raise ValueError(f"{path}: not a finished model; {hint}")
-    if content["lmp_hl_checkpoint"] > CHECKPOINT_FORMAT:
-        raise ValueError(
-            f"{path}: checkpoint format {content['lmp_hl_checkpoint']} is newer than this lmp-hl "
-            f"(reads up to {CHECKPOINT_FORMAT}); update lmp-hl"
-        )
-    potential = build_potential(ModelConfig(**content["model"]), len(content["elements"]))
-    try:
-        potential.load_state_dict(content["state"])
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path}: its weights do not fit its own architecture; made by another version of lmp-hl? "
-            f"({str(error).splitlines()[1].strip()})"
-        ) from None
-    return potential.eval(), content["elements"], content["card"]
-
-
-class Notebook(L.Callback):
-    """One aligned line per epoch on the terminal and one row in metrics.csv, with the same numbers."""
-
-    def __init__(self, path: Path, every: int) -> None:
-        self.path = path
-        self.every = every
-        self.started = 0.0
-        self.elapsed = 0.0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the rows before the epoch that starts now, and go on after them."""
-        self.started = time.time()
-        if not trainer.is_global_zero:
-            return
-        rows = read_metrics(self.path) if self.path.is_file() else []
-        rows = [row for row in rows if row["epoch"] < trainer.current_epoch]
-        self.elapsed = rows[-1]["seconds"] if rows else 0.0
-        with self.path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows({k: _plain_number(v) for k, v in row.items()} for row in rows)
-        for line in (0, 1):
-            pl_module.print(" ".join(f"{spec[line]:>{spec[2]}}" for spec in SHOWN.values()))
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the epoch that ends now."""
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        metrics["epoch"] = trainer.current_epoch
-        metrics["seconds"] = self.elapsed + time.time() - self.started
-        metrics["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
-        if not trainer.is_global_zero:
-            return
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            writer.writerow({k: _plain_number(v) for k, v in metrics.items()})
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        if trainer.current_epoch % self.every == 0 or last:
-            pl_module.print(
-                " ".join(
-                    f"{format(metrics[name], spec[3]) if name in metrics else '-':>{spec[2]}}"
-                    for name, spec in SHOWN.items()
-                )
-            )
-
-
-def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """Rows of a metrics.csv; columns of an epoch that had no value are absent."""
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-
-
-def _plain_number(value: float) -> str:
-    return f"{value:.7g}"
-
-
-def _last_metrics(path: Path) -> dict[str, float]:
-    rows = read_metrics(path) if path.is_file() else []
-    return rows[-1] if rows else {}
 
 
 def _count(frame: fr.Frame, elements: Sequence[str]) -> list[tuple[str, int]]:
@@ -404,4 +231,3 @@ def _print_start(config: TrainConfig, splits: fr.Splits, potential: Potential) -
         f"{weights} weights, {config.model.dtype}",
         flush=True,
     )
-    log.debug("%s", json.dumps(splits.reference_energies))

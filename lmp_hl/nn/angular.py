@@ -90,7 +90,8 @@ class SymmetricSquare(nn.Module):
         """((l_max + 1)^2, num_atoms, channels) -> per degree (paths, 2l + 1, num_atoms, channels)."""
         pairs = tensors.index_select(0, self.first) * tensors.index_select(0, self.second)
         n, c = tensors.shape[1], tensors.shape[2]
-        flat = (self.coefficients @ pairs.reshape(pairs.shape[0], n * c)).reshape(-1, n, c)
+        num_rows = self.coefficients.shape[0]
+        flat = (self.coefficients @ pairs.reshape(pairs.shape[0], n * c)).reshape(num_rows, n, c)
         out: list[Tensor] = []
         start = 0
         for degree, num_paths in enumerate(self.paths):

@@ -57,6 +57,10 @@ class ScalarEnergy(nn.Module):
         energy = self.scale * self.anchor(scalars, species).squeeze(1)
         return AtomicEnergy(energy, energy, energy.new_zeros((energy.shape[0], 0)))
 
+    def entropy_floor(self) -> float:
+        """A number has no entropy: 0 nats."""
+        return 0.0
+
 
 class HistogramEnergy(nn.Module):
     """HL-Gauss energy: a categorical distribution over bins that stand around an anchor m_i.
@@ -183,7 +187,20 @@ class ForceDistribution(nn.Module):
         self.register_buffer("tensor_rms", torch.ones(()))
         cartesian = o3.wigner_3j(1, 1, 2, dtype=torch.float64) * math.sqrt(5.0)
         self.register_buffer("cartesian", cartesian.permute(2, 0, 1).to(torch.get_default_dtype()))
-        self.register_buffer("entropy_edges", histogram.uniform_edges(num_bins, 0.01).float())  # eV/Å
+        # histogram of N(0, sigma^2) for log-spaced sigma, three decades wider than the scales each way
+        self.num_extra = num_scales
+        self.spacing = math.log(1e4) / (num_scales - 1)
+        self.register_buffer("bin_width", torch.ones(()))  # eV/Å, set_bin_width
+        self.register_buffer("masses", torch.zeros(3 * num_scales, num_bins))
+        self.set_bin_width(0.01)
+
+    def set_bin_width(self, bin_width: float) -> None:
+        """Choose the bins of `entropy`, in eV/Å, and tabulate the masses of the widened scales in them."""
+        edges = histogram.uniform_edges(self.masses.shape[1], bin_width)
+        steps = torch.arange(self.masses.shape[0], dtype=torch.float64) - self.num_extra
+        sigma = 1e-3 * torch.exp(steps * self.spacing)
+        self.bin_width.fill_(bin_width)
+        self.masses.copy_(histogram.hl_gauss(torch.zeros_like(sigma), edges, sigma))
 
     def forward(self, features: Features, species: Tensor) -> ForceScales:
         """Features of the atoms -> distribution of their force errors before the distance factor."""
@@ -203,18 +220,23 @@ class ForceDistribution(nn.Module):
         return factor * (mean_square * trace / 3.0).sqrt()
 
     def entropy(self, force: ForceScales, factor: Tensor) -> Tensor:
-        """Entropy, nats, of one component's histogram, averaged in variance over directions.
+        """Entropy, nats, of the histogram of one force component's error, isotropic part.
 
-        The density sum_k q_k N(0, (s_k g)^2 tr C / 3) is put into the model's uniform bins (entropy_edges).
+        The mixture sum_k q_k N(0, (s_k g)^2 tr C / 3) in the model's uniform bins; its scales are taken between
+        tabulated ones by linear interpolation of the masses in log sigma.
         """
         trace = force.shape.diagonal(dim1=1, dim2=2).sum(1)
-        sigma = torch.exp(self.log_scales) * (factor * (trace / 3.0).sqrt()).unsqueeze(1)
-        mass = histogram.hl_gauss(torch.zeros_like(sigma), self.entropy_edges, sigma)
-        probs = (torch.softmax(force.logits, 1).unsqueeze(2) * mass).sum(1)
-        return histogram.entropy(probs)
+        steps = torch.log(factor * (trace / 3.0).sqrt()) / self.spacing + self.num_extra
+        steps = steps.clamp(0.0, 2.0 * self.num_extra - 1.001).unsqueeze(1)
+        index = steps.long() + torch.arange(force.logits.shape[1], device=steps.device)
+        upper = steps - steps.floor()
+        q = torch.softmax(force.logits, 1)
+        weights = torch.zeros((q.shape[0], self.masses.shape[0]), dtype=q.dtype, device=q.device)
+        weights = weights.scatter_add(1, index, q * (1.0 - upper)).scatter_add(1, index + 1, q * upper)
+        return histogram.entropy(weights @ self.masses)
 
     def log_density(self, force: ForceScales, factor: Tensor, errors: Tensor) -> Tensor:
-        """log p(dF) of each atom; errors (num_atoms, 3) in eV/Å -> (num_atoms,)."""
+        """Log p(dF) of each atom; errors (num_atoms, 3) in eV/Å -> (num_atoms,)."""
         mahalanobis = (errors.unsqueeze(1) @ torch.linalg.solve(force.shape, errors.unsqueeze(2))).flatten()
         log_sigma = self.log_scales + torch.log(factor).unsqueeze(1)
         kernel = -0.5 * mahalanobis.unsqueeze(1) * torch.exp(-2.0 * log_sigma) - 3.0 * log_sigma

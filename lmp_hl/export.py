@@ -1,0 +1,127 @@
+"""Potential -> `hl.pt`: one scripted, self-describing, self-testing file."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase import Atoms
+from ase.data import atomic_masses, atomic_numbers, covalent_radii
+from torch import Tensor, nn
+
+from . import __version__, keys
+from .graph import graph_inputs
+from .model_file import FORMAT_VERSION, load
+from .nn.heads import HistogramEnergy
+from .potential import FIELDS, Potential
+
+# largest deviation of the self-test: rounding of another CPU, GPU or thread count, not another model
+TOLERANCE = {"float32": 2e-4, "float64": 1e-9}
+
+
+class ExportedPotential(nn.Module):
+    """A Potential with everything its file must say, as attributes that C++ can read."""
+
+    format_version: int
+    elements: list[str]
+    masses: list[float]
+    cutoff: float
+    num_layers: int
+    dtype: str
+    units: str
+    fields: list[str]
+    field_units: list[str]
+    card: str
+    selftest_inputs: dict[str, Tensor]
+    selftest_outputs: dict[str, Tensor]
+    selftest_tolerance: float
+
+    def __init__(self, potential: Potential, elements: Sequence[str], card: dict[str, Any]) -> None:
+        super().__init__()
+        self.potential = potential
+        head = potential.energy_head
+        self.format_version = FORMAT_VERSION
+        self.elements = list(elements)
+        self.masses = [float(atomic_masses[atomic_numbers[element]]) for element in elements]
+        self.cutoff = float(potential.backbone.radial.cutoff)
+        self.num_layers = 1 + len(potential.backbone.message_layers)
+        dtype = next(potential.parameters()).dtype
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.units = "metal"
+        histogram_only = (keys.ENTROPY, keys.EXCESS_ENTROPY)
+        self.fields = [keys.ENERGY] + [
+            f for f in FIELDS if isinstance(head, HistogramEnergy) or f not in histogram_only
+        ]
+        self.field_units = [keys.FIELD_UNITS[field] for field in self.fields]
+        self.selftest_tolerance = TOLERANCE[self.dtype]
+        self.card = json.dumps(card, indent=1)
+        self.selftest_inputs = graph_inputs(
+            self_test_structure(elements), elements, self.cutoff, self.num_layers, self.dtype
+        )
+        outputs = potential(dict(self.selftest_inputs), True, False)
+        self.selftest_outputs = {k: v.detach() for k, v in outputs.items()}
+
+    def forward(
+        self, inputs: dict[str, Tensor], with_fields: bool, keep_graph: bool
+    ) -> dict[str, Tensor]:
+        """Inputs of keys.py -> outputs of keys.py, see Potential.forward."""
+        return self.potential(inputs, with_fields, keep_graph)
+
+
+def self_test_structure(elements: Sequence[str]) -> Atoms:
+    """A small irregular cluster that holds every element twice, at about bond lengths."""
+    generator = torch.Generator().manual_seed(7)
+    symbols = [element for element in elements for _ in range(2)]
+    radius = max(float(covalent_radii[atomic_numbers[element]]) for element in elements)
+    side = max(2, round(len(symbols) ** (1 / 3) + 0.5))
+    grid = torch.cartesian_prod(*[torch.arange(float(side))] * 3)[: len(symbols)]
+    noise = torch.rand(grid.shape, generator=generator) - 0.5
+    positions = (2.2 * radius) * (grid + 0.3 * noise)
+    return Atoms(symbols, positions=positions.double().numpy())
+
+
+def export_potential(
+    potential: Potential, elements: Sequence[str], card: dict[str, Any], path: str | Path
+) -> Path:
+    """Script a potential, write it, and read it back.
+
+    Args:
+        potential: trained and calibrated.
+        elements: chemical symbols in the order of its species indices.
+        card: what the file should say about its origin; histogram and version are added.
+        path: of the file to write; replaced only when everything went well.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    potential = potential.eval().requires_grad_(False)
+    head = potential.energy_head
+    card = {**card, "lmp_hl": __version__, "optional_inputs": []}
+    if isinstance(head, HistogramEnergy):
+        card["histogram"] = {
+            "num_bins": head.num_bins,
+            "bin_width": float(head.bin_width),
+            "sigma": head.sigma_in_bins,
+            "entropy_floor": head.entropy_floor(),
+            "bins": "uniform, centred on the atom's anchor energy",
+        }
+    card["force_histogram"] = {
+        "num_bins": int(potential.force_distribution.masses.shape[1]),
+        "bin_width": float(potential.force_distribution.bin_width),
+    }
+    exported = ExportedPotential(potential, elements, card).eval()
+    scripted = torch.jit.script(exported)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".pt", delete=False) as file:
+        temporary = Path(file.name)
+    try:
+        torch.jit.save(scripted, str(temporary), _extra_files={"card.json": exported.card})
+        load(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,168 @@
+"""An exported model `hl.pt` on the Python side: opened, checked, evaluated, described."""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT_VERSION = 1
+
+
+class Model:
+    """A loaded `hl.pt`.
+
+    Attributes:
+        path: where it came from.
+        elements: chemical symbols in the model's order.
+        cutoff: Å.
+        num_layers: 1 strictly local, more message passing.
+        dtype: "float32" or "float64", of edge vectors and network.
+        fields: per-atom fields it can return (keys.py), with `field_units`.
+        card: everything else it says about itself.
+        hash: SHA-256 of the file, hexadecimal.
+    """
+
+    def __init__(self, path: Path, module: torch.jit.ScriptModule, device: str, digest: str) -> None:
+        self.path = path
+        self.module = module
+        self.device = device
+        self.hash = digest
+        self.elements: list[str] = list(module.elements)
+        self.masses: list[float] = list(module.masses)
+        self.cutoff: float = module.cutoff
+        self.num_layers: int = module.num_layers
+        self.dtype: str = module.dtype
+        self.units: str = module.units
+        self.fields: list[str] = list(module.fields)
+        self.field_units: list[str] = list(module.field_units)
+        self.card: dict[str, Any] = json.loads(module.card)
+
+    def evaluate(self, inputs: dict[str, Tensor], with_fields: bool = True) -> dict[str, Tensor]:
+        """Outputs of the model (keys.py) for the inputs of keys.py, on the CPU."""
+        on_host = ("layer_nodes", "layer_edges")
+        moved = {k: v if k in on_host else v.to(self.device) for k, v in inputs.items()}
+        outputs: dict[str, Tensor] = self.module(moved, with_fields, False)
+        return {k: v.detach().cpu() for k, v in outputs.items()}
+
+
+def load(path: str | Path, device: str = "cpu") -> Model:
+    """Open an exported model and run its self-test.
+
+    A model file is a program: open only files from people you trust.
+
+    Args:
+        path: `hl.pt`.
+        device: torch device to evaluate on.
+
+    Raises:
+        ValueError: no such file; truncated or not TorchScript; a newer format; the self-test gives other
+            numbers than when the model was exported.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such model file; export one with lmp-hl export model.ckpt {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path}: truncated, or not a TorchScript file (its first or last bytes are not those of one); "
+            f"export it again with lmp-hl export"
+        )
+    try:
+        module = torch.jit.load(str(path), map_location=device)
+    except RuntimeError as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a TorchScript model that torch can open ({line:.200})") from None
+    version = getattr(module, "format_version", None)
+    if not isinstance(version, int):
+        raise ValueError(
+            f"{path}: a TorchScript file, but not of lmp-hl (no format_version); export one with "
+            f"lmp-hl export"
+        )
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: model format {version} is newer than this lmp-hl, which reads up to "
+            f"{FORMAT_VERSION}; update lmp-hl"
+        )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    model = Model(path, module.eval(), device, digest)
+    self_test(model)
+    return model
+
+
+def self_test(model: Model) -> float:
+    """Evaluate the structure stored in the model and compare with the stored outputs.
+
+    Returns:
+        The largest deviation relative to max(1, largest expected value) of any output.
+
+    Raises:
+        ValueError: a deviation above the tolerance stored in the model.
+    """
+    outputs = model.evaluate(dict(model.module.selftest_inputs), with_fields=True)
+    worst = 0.0
+    for key, expected in model.module.selftest_outputs.items():
+        expected = expected.cpu().double()
+        error = (outputs[key].double() - expected).abs().max() / max(1.0, float(expected.abs().max()))
+        worst = max(worst, float(error))
+        if not error <= model.module.selftest_tolerance:
+            raise ValueError(
+                f"{model.path}: self-test failed: {key} differs by {float(error):.2g} from the value at export "
+                f"(tolerance {model.module.selftest_tolerance:g}) on {model.device} with torch "
+                f"{torch.__version__}; export the model again with this version"
+            )
+    return worst
+
+
+def describe(path: str | Path) -> str:
+    """The model's card as text for a terminal."""
+    model = load(path)
+    card = model.card
+    training, config, calibration = card["training"], card["config"], card["calibration"]
+    metrics = training["metrics"]
+    reach = "strictly local" if model.num_layers == 1 else f"{model.num_layers} message-passing layers"
+    lines = [
+        ("name", card["name"]),
+        ("file", f"{path} ({Path(path).stat().st_size / 2**20:.2f} MiB, format {model.module.format_version})"),
+        ("sha256", model.hash),
+        ("elements", " ".join(f"{e} ({m:.3f} u)" for e, m in zip(model.elements, model.masses, strict=True))),
+        ("cutoff", f"{model.cutoff:g} Å, {reach}"),
+        ("precision", f"{model.dtype} network, float64 energies"),
+        ("units", f"{model.units} (eV, Å)"),
+        ("head", _head(card)),
+        ("fields", ", ".join(f"{f} [{u}]" for f, u in zip(model.fields, model.field_units, strict=True))),
+        (
+            "trained on",
+            f"{training['train_frames']} frames, {training['train_atoms']} atoms; validated on "
+            f"{training['valid_frames']} frames; {config['training']['epochs']} epochs in {training['seconds']:.0f} s",
+        ),
+        (
+            "validation",
+            f"energy {metrics['valid_energy_rmse']:.2f} meV/atom, forces {metrics['valid_forces_rmse']:.1f} meV/Å (RMSE)",
+        ),
+        (
+            "calibration",
+            f"{calibration['validation_atoms']} validation atoms; predicted/true force error "
+            f"{calibration['size_ratio']:.2f} (cross-validated)",
+        ),
+        ("rank of error", _ranking(calibration["ranking"])),
+        ("versions", ", ".join(f"{k} {v}" for k, v in card["versions"].items())),
+    ]
+    return "\n".join(f"{name:<14} {text}" for name, text in lines)
+
+
+def _head(card: dict[str, Any]) -> str:
+    if card["config"]["model"]["head"] == "scalar":
+        return "scalar energy"
+    bins = card["histogram"]
+    return (
+        f"HL-Gauss energy, {bins['num_bins']} bins of {1e3 * bins['bin_width']:.3g} meV around each atom's anchor, "
+        f"sigma {bins['sigma']:g} bins, entropy floor {bins['entropy_floor']:.3f} nat"
+    )
+
+
+def _ranking(ranking: dict[str, float]) -> str:
+    ordered = sorted(ranking.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {value:.2f}" for name, value in ordered) + " (Spearman, validation atoms)"

@@ -1,0 +1,117 @@
+"""A finished training run as one file: weights, configuration and what a model card needs."""
+
+import dataclasses
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lmp_hl.export import export_potential
+from lmp_hl.potential import Potential
+
+from . import frames as fr
+from .config import ModelConfig, TrainConfig, to_yaml
+from .module import build_potential
+from .notebook import read_metrics
+
+CHECKPOINT_FORMAT = 1
+
+
+def save_checkpoint(
+    path: Path,
+    potential: Potential,
+    config: TrainConfig,
+    splits: fr.Splits,
+    calibration: dict[str, Any],
+    seconds: float,
+) -> None:
+    """Write weights, configuration and what a model card needs; readable with weights_only."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "ase")}
+    content = {
+        "lmp_hl_checkpoint": CHECKPOINT_FORMAT,
+        "state": potential.state_dict(),
+        "model": dataclasses.asdict(config.model),
+        "elements": list(splits.elements),
+        "card": {
+            "name": config.name,
+            "config": yaml.safe_load(to_yaml(config)),
+            "versions": versions,
+            "training": {
+                "train_frames": len(splits.train),
+                "valid_frames": len(splits.valid),
+                "train_atoms": sum(frame.num_atoms for frame in splits.train),
+                "seconds": round(seconds, 1),
+                "metrics": _last_metrics(path.parent / "metrics.csv"),
+            },
+            "reference_energies": splits.reference_energies,
+            "calibration": calibration,
+        },
+    }
+    temporary = path.with_suffix(".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: str | Path) -> tuple[Potential, list[str], dict[str, Any]]:
+    """Read what save_checkpoint wrote.
+
+    Args:
+        path: model.ckpt of a finished run.
+
+    Returns:
+        potential, elements, card.
+
+    Raises:
+        ValueError: no such file, not a finished model, made by a newer version, or weights that do not fit
+            the architecture stored with them.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint; train one with lmp-hl train CONFIG.yaml")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint that torch can read ({error!r:.200})") from None
+    if not isinstance(content, dict) or "lmp_hl_checkpoint" not in content:
+        hint = (
+            "it is the state of an unfinished run, finish it with lmp-hl train CONFIG.yaml --resume"
+            if isinstance(content, dict) and "pytorch-lightning_version" in content
+            else "wanted the model.ckpt of a finished run"
+        )
+        raise ValueError(f"{path}: not a finished model; {hint}")
+    if content["lmp_hl_checkpoint"] > CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"{path}: checkpoint format {content['lmp_hl_checkpoint']} is newer than this lmp-hl "
+            f"(reads up to {CHECKPOINT_FORMAT}); update lmp-hl"
+        )
+    potential = build_potential(ModelConfig(**content["model"]), len(content["elements"]))
+    try:
+        potential.load_state_dict(content["state"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: its weights do not fit its own architecture; made by another version of lmp-hl? "
+            f"({str(error).splitlines()[1].strip()})"
+        ) from None
+    return potential.eval(), content["elements"], content["card"]
+
+
+def export_checkpoint(checkpoint: str | Path, path: str | Path) -> Path:
+    """Export the model.ckpt of a finished training run as `hl.pt`.
+
+    Args:
+        checkpoint: written by save_checkpoint.
+        path: file to write.
+
+    Raises:
+        ValueError: see load_checkpoint.
+    """
+    potential, elements, card = load_checkpoint(checkpoint)
+    return export_potential(potential, elements, card, path)
+
+
+def _last_metrics(path: Path) -> dict[str, float]:
+    rows = read_metrics(path) if path.is_file() else []
+    return rows[-1] if rows else {}
