@@ -66,8 +66,7 @@ const std::map<std::string, Units> UNITS = {
      {"fs", "Angstrom", "Angstrom fs-1", "kcal mol-1 Angstrom-1", "kcal mol-1", "u", "e", 1.0, ""}},
     {"si", {"s", "m", "m s-1", "N", "J", "kg", "C", 1.0, ""}},
     {"cgs", {"s", "cm", "cm s-1", "dyn", "erg", "g", "statC", 1.0, ""}},
-    {"electron",
-     {"fs", "Bohr", "Bohr atu-1", "Hartree Bohr-1", "Hartree", "u", "e", 1.0, ""}},
+    {"electron", {"fs", "Bohr", "Bohr atu-1", "Hartree Bohr-1", "Hartree", "u", "e", 1.0, ""}},
     {"micro", {"us", "um", "um us-1", "pg um us-2", "pg um2 us-2", "pg", "pC", 1.0, ""}},
     {"nano", {"ns", "nm", "nm ns-1", "ag nm ns-2", "ag nm2 ns-2", "ag", "e", 1.0, ""}},
 };
@@ -81,14 +80,14 @@ const Units &units_of(const char *style)
 
 // standard atomic weights, H to U (IUPAC 2021, abridged)
 constexpr double ATOMIC_WEIGHTS[] = {
-    1.008, 4.0026, 6.94, 9.0122, 10.81, 12.011, 14.007, 15.999, 18.998, 20.180, 22.990, 24.305,
-    26.982, 28.085, 30.974, 32.06, 35.45, 39.95, 39.098, 40.078, 44.956, 47.867, 50.942, 51.996,
-    54.938, 55.845, 58.933, 58.693, 63.546, 65.38, 69.723, 72.630, 74.922, 78.971, 79.904, 83.798,
-    85.468, 87.62, 88.906, 91.224, 92.906, 95.95, 97, 101.07, 102.91, 106.42, 107.87, 112.41,
+    1.008,  4.0026, 6.94,   9.0122, 10.81,  12.011, 14.007, 15.999, 18.998, 20.180, 22.990, 24.305,
+    26.982, 28.085, 30.974, 32.06,  35.45,  39.95,  39.098, 40.078, 44.956, 47.867, 50.942, 51.996,
+    54.938, 55.845, 58.933, 58.693, 63.546, 65.38,  69.723, 72.630, 74.922, 78.971, 79.904, 83.798,
+    85.468, 87.62,  88.906, 91.224, 92.906, 95.95,  97,     101.07, 102.91, 106.42, 107.87, 112.41,
     114.82, 118.71, 121.76, 127.60, 126.90, 131.29, 132.91, 137.33, 138.91, 140.12, 140.91, 144.24,
-    145, 150.36, 151.96, 157.25, 158.93, 162.50, 164.93, 167.26, 168.93, 173.05, 174.97, 178.49,
-    180.95, 183.84, 186.21, 190.23, 192.22, 195.08, 196.97, 200.59, 204.38, 207.2, 208.98, 209,
-    210, 222, 223, 226, 227, 232.04, 231.04, 238.03};
+    145,    150.36, 151.96, 157.25, 158.93, 162.50, 164.93, 167.26, 168.93, 173.05, 174.97, 178.49,
+    180.95, 183.84, 186.21, 190.23, 192.22, 195.08, 196.97, 200.59, 204.38, 207.2,  208.98, 209,
+    210,    222,    223,    226,    227,    232.04, 231.04, 238.03};
 
 /// Atomic number whose weight is nearest to `mass`, 0 if none is near; deuterium is hydrogen.
 int nearest_element(double mass)
@@ -103,10 +102,13 @@ int nearest_element(double mass)
 size_t size_of(int type)
 {
   switch (type) {
-    case HLGAUSS_H5MD_INT16: return 2;
-    case HLGAUSS_H5MD_INT32:
-    case HLGAUSS_H5MD_FLOAT32: return 4;
-    default: return 8;
+  case HLGAUSS_H5MD_INT16:
+    return 2;
+  case HLGAUSS_H5MD_INT32:
+  case HLGAUSS_H5MD_FLOAT32:
+    return 4;
+  default:
+    return 8;
   }
 }
 
@@ -149,13 +151,18 @@ void scatter_rows(const char *source, const int64_t *slots, size_t count, char *
 void scatter(size_t size, const char *source, const int64_t *slots, size_t count, char *target)
 {
   switch (size) {
-    case 2: return scatter_rows<2>(source, slots, count, target);
-    case 4: return scatter_rows<4>(source, slots, count, target);
-    case 8: return scatter_rows<8>(source, slots, count, target);
-    case 12: return scatter_rows<12>(source, slots, count, target);
-    case 24: return scatter_rows<24>(source, slots, count, target);
-    default:
-      for (size_t k = 0; k < count; k++) memcpy(target + slots[k] * size, source + k * size, size);
+  case 2:
+    return scatter_rows<2>(source, slots, count, target);
+  case 4:
+    return scatter_rows<4>(source, slots, count, target);
+  case 8:
+    return scatter_rows<8>(source, slots, count, target);
+  case 12:
+    return scatter_rows<12>(source, slots, count, target);
+  case 24:
+    return scatter_rows<24>(source, slots, count, target);
+  default:
+    for (size_t k = 0; k < count; k++) memcpy(target + slots[k] * size, source + k * size, size);
   }
 }
 
@@ -190,9 +197,9 @@ struct FixHLGaussH5MD::Library {
       return false;
     }
     return find(check, "hlgauss_h5md_check") && find(open, "hlgauss_h5md_open") &&
-        find(begin_frame, "hlgauss_h5md_begin_frame") &&
-        find(write_column, "hlgauss_h5md_write_column") &&
-        find(end_frame, "hlgauss_h5md_end_frame") && find(close, "hlgauss_h5md_close");
+           find(begin_frame, "hlgauss_h5md_begin_frame") &&
+           find(write_column, "hlgauss_h5md_write_column") &&
+           find(end_frame, "hlgauss_h5md_end_frame") && find(close, "hlgauss_h5md_close");
   }
 };
 
@@ -211,8 +218,7 @@ FixHLGaussH5MD::FixHLGaussH5MD(LAMMPS *lmp, int narg, char **arg) :
     error->all(FLERR, "fix hlgauss/h5md: N must be a positive number of steps, got '{}'", arg[3]);
   filename = arg[4];
   for (int k = 0; k < narg; k++) command += (k ? " " : "fix ") + std::string(arg[k]);
-  if (!atom->tag_enable)
-    error->all(FLERR, "fix hlgauss/h5md: atoms need IDs (atom_modify id yes)");
+  if (!atom->tag_enable) error->all(FLERR, "fix hlgauss/h5md: atoms need IDs (atom_modify id yes)");
 
   nevery = 1;
   dynamic_group_allow = 1;
@@ -237,7 +243,8 @@ FixHLGaussH5MD::FixHLGaussH5MD(LAMMPS *lmp, int narg, char **arg) :
     } else if (word == "compress") {
       const std::string level = k + 2 < narg ? arg[k + 2] : "";
       if (next != "gzip" || level.size() != 1 || level < "1" || level > "9")
-        error->all(FLERR, "fix hlgauss/h5md: expected 'compress gzip L' with L from 1 to 9, got '{}'",
+        error->all(FLERR,
+                   "fix hlgauss/h5md: expected 'compress gzip L' with L from 1 to 9, got '{}'",
                    word + " " + next + " " + level);
       compress = level[0] - '0';
       k += 2;
@@ -386,9 +393,8 @@ void FixHLGaussH5MD::parse_columns(int narg, char **arg)
 void FixHLGaussH5MD::add_column(Column column)
 {
   const auto taken = [&](const std::string &name) {
-    return name == "box" || std::any_of(columns.begin(), columns.end(), [&](const Column &other) {
-             return other.name == name;
-           });
+    return name == "box" || std::any_of(columns.begin(), columns.end(),
+                                        [&](const Column &other) { return other.name == name; });
   };
   for (const auto &other : columns)
     if (other.reference == column.reference && other.source == column.source &&
@@ -400,7 +406,8 @@ void FixHLGaussH5MD::add_column(Column column)
   columns.push_back(column);
 }
 
-/// c_ID, c_ID[i], f_ID, f_ID[i], v_name, a per-atom property of LAMMPS, or one of fix property/atom.
+/// c_ID, c_ID[i], f_ID, f_ID[i], v_name, a per-atom property of LAMMPS, or one of fix
+/// property/atom.
 void FixHLGaussH5MD::add_reference(const std::string &reference)
 {
   Column column = {};
@@ -446,15 +453,17 @@ void FixHLGaussH5MD::add_reference(const std::string &reference)
   }
 
   int is_double = 0, num_columns = 0;
-  const std::string custom = stem.substr(stem.find('_') == std::string::npos ? 0 : stem.find('_') + 1);
-  const bool names_custom = prefix == "i_" || prefix == "d_" || stem.substr(0, 3) == "i2_" ||
-      stem.substr(0, 3) == "d2_";
+  const std::string custom =
+      stem.substr(stem.find('_') == std::string::npos ? 0 : stem.find('_') + 1);
+  const bool names_custom =
+      prefix == "i_" || prefix == "d_" || stem.substr(0, 3) == "i2_" || stem.substr(0, 3) == "d2_";
   if (names_custom) {
     if (atom->find_custom(custom.c_str(), is_double, num_columns) < 0 ||
         (is_double != 0) != (stem[0] == 'd') || (num_columns != 0) != (stem[1] == '2'))
       error->all(FLERR, "fix hlgauss/h5md: there is no custom per-atom property '{}'", stem);
     if (column.index > num_columns)
-      error->all(FLERR, "fix hlgauss/h5md: {} has {} columns, got '{}'", stem, num_columns, reference);
+      error->all(FLERR, "fix hlgauss/h5md: {} has {} columns, got '{}'", stem, num_columns,
+                 reference);
     column.source = Column::CUSTOM;
     column.id = custom;
     if (!is_double) column.type = HLGAUSS_H5MD_INT32;
@@ -465,23 +474,26 @@ void FixHLGaussH5MD::add_reference(const std::string &reference)
   column.source = Column::ATTRIBUTE;
   column.id = stem;
   const int datatype = atom->extract_datatype(stem.c_str());
-  const bool is_array = datatype == multitype::LAMMPS_DOUBLE_2D || datatype == multitype::LAMMPS_INT_2D;
+  const bool is_array =
+      datatype == multitype::LAMMPS_DOUBLE_2D || datatype == multitype::LAMMPS_INT_2D;
   const bool is_vector = datatype == multitype::LAMMPS_DOUBLE || datatype == multitype::LAMMPS_INT;
   num_columns = is_array ? atom->extract_size(stem.c_str(), SIZE_COLS) : 0;
   if ((!is_array && !is_vector) || !atom->extract(stem.c_str()) || (is_array && num_columns < 1) ||
       column.index > num_columns)
-    error->all(FLERR,
-               "fix hlgauss/h5md: unknown column '{}'; expected id, type, element, mass, x, xu, v, f, "
-               "image, q (x, v, f, image hold three components each), a per-atom property of this "
-               "atom_style, c_ID, c_ID[i], f_ID, f_ID[i], v_name, i_name or d_name",
-               reference);
+    error->all(
+        FLERR,
+        "fix hlgauss/h5md: unknown column '{}'; expected id, type, element, mass, x, xu, v, f, "
+        "image, q (x, v, f, image hold three components each), a per-atom property of this "
+        "atom_style, c_ID, c_ID[i], f_ID, f_ID[i], v_name, i_name or d_name",
+        reference);
   if (datatype == multitype::LAMMPS_INT || datatype == multitype::LAMMPS_INT_2D)
     column.type = HLGAUSS_H5MD_INT32;
   if (!column.index && is_array) column.width = num_columns;
   add_column(column);
 }
 
-/// A compute's vector, one column, or all columns of its array; those of hlgauss/atom by their names.
+/// A compute's vector, one column, or all columns of its array; those of hlgauss/atom by their
+/// names.
 void FixHLGaussH5MD::add_compute(Column column)
 {
   Compute *compute = modify->get_compute_by_id(column.id);
@@ -490,8 +502,8 @@ void FixHLGaussH5MD::add_compute(Column column)
     error->all(FLERR, "fix hlgauss/h5md: compute {} has no per-atom values", column.id);
   const int num_columns = compute->size_peratom_cols;
   if (column.index > num_columns)
-    error->all(FLERR, "fix hlgauss/h5md: compute {} has {} columns, got '{}'", column.id, num_columns,
-               column.reference);
+    error->all(FLERR, "fix hlgauss/h5md: compute {} has {} columns, got '{}'", column.id,
+               num_columns, column.reference);
   const Units &units = units_of(update->unit_style);
   column.unit = unit_of(compute->style, units);
 
@@ -518,8 +530,10 @@ void FixHLGaussH5MD::resolve()
   for (auto &column : columns) {
     const auto require = [&](bool found) {
       if (!found)
-        error->all(FLERR, "fix hlgauss/h5md: what column '{}' names does not exist any more, or has "
-                   "another size", column.reference);
+        error->all(FLERR,
+                   "fix hlgauss/h5md: what column '{}' names does not exist any more, or has "
+                   "another size",
+                   column.reference);
     };
     const int num_columns = column.index ? column.index : column.width > 1 ? column.width : 0;
     if (column.source == Column::COMPUTE) {
@@ -527,14 +541,16 @@ void FixHLGaussH5MD::resolve()
       require(column.compute && column.compute->peratom_flag &&
               (column.index ? column.compute->size_peratom_cols >= num_columns
                             : column.compute->size_peratom_cols == num_columns ||
-                       column.compute->size_peratom_cols == column.width));
+                                  column.compute->size_peratom_cols == column.width));
     } else if (column.source == Column::FIX) {
       column.fix = modify->get_fix_by_id(column.id);
       require(column.fix && column.fix->peratom_flag &&
               column.fix->size_peratom_cols >= num_columns);
       if (interval % column.fix->peratom_freq != 0)
-        error->all(FLERR, "fix hlgauss/h5md: fix {} has values every {} steps, which does not divide "
-                   "N = {}", column.id, column.fix->peratom_freq, interval);
+        error->all(FLERR,
+                   "fix hlgauss/h5md: fix {} has values every {} steps, which does not divide "
+                   "N = {}",
+                   column.id, column.fix->peratom_freq, interval);
     } else if (column.source == Column::VARIABLE) {
       column.variable = input->variable->find(column.id.c_str());
       require(column.variable >= 0 && input->variable->atomstyle(column.variable));
@@ -662,9 +678,10 @@ void FixHLGaussH5MD::open_file()
     if (file) {
       last_step = result.last_step;
       if (result.num_frames || result.num_cut)
-        utils::logmesg(lmp, "fix hlgauss/h5md: {} continues after {} frames; {} frames beyond step {} "
-                       "were removed\n", filename, result.num_frames, result.num_cut,
-                       update->ntimestep);
+        utils::logmesg(lmp,
+                       "fix hlgauss/h5md: {} continues after {} frames; {} frames beyond step {} "
+                       "were removed\n",
+                       filename, result.num_frames, result.num_cut, update->ntimestep);
     }
   }
   stop_if(failed, message);
@@ -752,12 +769,19 @@ void FixHLGaussH5MD::write_frame(bool on_schedule)
   int failed = 0;
   if (me == 0) {
     const auto &d = *domain;
-    const double edges[9] = {d.xprd, 0.0, 0.0, d.triclinic ? d.xy : 0.0, d.yprd, 0.0,
-                             d.triclinic ? d.xz : 0.0, d.triclinic ? d.yz : 0.0, d.zprd};
+    const double edges[9] = {d.xprd,
+                             0.0,
+                             0.0,
+                             d.triclinic ? d.xy : 0.0,
+                             d.yprd,
+                             0.0,
+                             d.triclinic ? d.xz : 0.0,
+                             d.triclinic ? d.yz : 0.0,
+                             d.zprd};
     const int64_t num_atoms = std::accumulate(counts.begin(), counts.end(), int64_t(0));
     const double time = update->atime + (now - update->atimestep) * update->dt;
-    failed = library->begin_frame(file, now, time, num_atoms, edges, domain->boxlo, message,
-                                  ERROR_SIZE);
+    failed =
+        library->begin_frame(file, now, time, num_atoms, edges, domain->boxlo, message, ERROR_SIZE);
   }
   stop_if(failed, message);
 
@@ -786,12 +810,12 @@ void FixHLGaussH5MD::locate(Column &column, bool on_schedule)
   };
   if (column.source == Column::COMPUTE) {
     Compute *compute = column.compute;
-    column.missing = !on_schedule &&
-        ((compute->peatomflag && update->eflag_atom != now) ||
-         (compute->pressatomflag && update->vflag_atom != now));
+    column.missing = !on_schedule && ((compute->peatomflag && update->eflag_atom != now) ||
+                                      (compute->pressatomflag && update->vflag_atom != now));
     if (!column.missing) {
       if (!compute->is_initialized())
-        error->all(FLERR, "fix hlgauss/h5md: compute {} was defined after the run began", column.id);
+        error->all(FLERR, "fix hlgauss/h5md: compute {} was defined after the run began",
+                   column.id);
       if (!(compute->invoked_flag & Compute::INVOKED_PERATOM)) {
         compute->compute_peratom();
         compute->invoked_flag |= Compute::INVOKED_PERATOM;
@@ -805,8 +829,8 @@ void FixHLGaussH5MD::locate(Column &column, bool on_schedule)
     // what it needs may be unavailable on a step nobody announced
     const auto halts = modify->get_fix_by_style("^halt$");
     column.missing = !on_schedule && now % interval != 0 && update->whichflag != 2 &&
-        std::none_of(halts.begin(), halts.end(),
-                     [&](const Fix *halt) { return now % halt->nevery == 0; });
+                     std::none_of(halts.begin(), halts.end(),
+                                  [&](const Fix *halt) { return now % halt->nevery == 0; });
     if (!column.missing) {
       column.variable_values.resize(std::max<size_t>(1, atom->nmax));
       column.vector = column.variable_values.data();
@@ -816,7 +840,8 @@ void FixHLGaussH5MD::locate(Column &column, bool on_schedule)
     int is_double = 0, num_columns = 0;
     const int k = atom->find_custom(column.id.c_str(), is_double, num_columns);
     if (k < 0)
-      error->all(FLERR, "fix hlgauss/h5md: custom per-atom property '{}' is gone", column.reference);
+      error->all(FLERR, "fix hlgauss/h5md: custom per-atom property '{}' is gone",
+                 column.reference);
     if (is_double)
       set(num_columns ? nullptr : atom->dvector[k], num_columns ? atom->darray[k] : nullptr,
           num_columns == 0);
@@ -827,16 +852,25 @@ void FixHLGaussH5MD::locate(Column &column, bool on_schedule)
   } else if (column.source == Column::ATTRIBUTE) {
     void *data = atom->extract(column.id.c_str());
     switch (atom->extract_datatype(column.id.c_str())) {
-      case multitype::LAMMPS_DOUBLE: column.vector = static_cast<double *>(data); break;
-      case multitype::LAMMPS_DOUBLE_2D: column.rows = static_cast<double **>(data); break;
-      case multitype::LAMMPS_INT: column.int_vector = static_cast<int *>(data); break;
-      default: column.int_rows = static_cast<int **>(data);
+    case multitype::LAMMPS_DOUBLE:
+      column.vector = static_cast<double *>(data);
+      break;
+    case multitype::LAMMPS_DOUBLE_2D:
+      column.rows = static_cast<double **>(data);
+      break;
+    case multitype::LAMMPS_INT:
+      column.int_vector = static_cast<int *>(data);
+      break;
+    default:
+      column.int_rows = static_cast<int **>(data);
     }
   }
   if (column.missing && !warned_missing && me == 0) {
     warned_missing = true;
-    error->warning(FLERR, "fix hlgauss/h5md: LAMMPS has no values of '{}' on step {}, which ended a run "
-                   "off schedule; they are written as NaN", column.reference, now);
+    error->warning(FLERR,
+                   "fix hlgauss/h5md: LAMMPS has no values of '{}' on step {}, which ended a run "
+                   "off schedule; they are written as NaN",
+                   column.reference, now);
   }
 }
 
@@ -875,11 +909,20 @@ void FixHLGaussH5MD::send_column(int k, int &failed, char *message, size_t size)
 {
   const Column &column = columns[k];
   switch (column.type) {
-    case HLGAUSS_H5MD_INT16: pack<int16_t>(column); break;
-    case HLGAUSS_H5MD_INT32: pack<int32_t>(column); break;
-    case HLGAUSS_H5MD_INT64: pack<int64_t>(column); break;
-    case HLGAUSS_H5MD_FLOAT32: pack<float>(column); break;
-    default: pack<double>(column);
+  case HLGAUSS_H5MD_INT16:
+    pack<int16_t>(column);
+    break;
+  case HLGAUSS_H5MD_INT32:
+    pack<int32_t>(column);
+    break;
+  case HLGAUSS_H5MD_INT64:
+    pack<int64_t>(column);
+    break;
+  case HLGAUSS_H5MD_FLOAT32:
+    pack<float>(column);
+    break;
+  default:
+    pack<double>(column);
   }
   const size_t row = size_of(column.type) * column.width;
   MPI_Datatype row_type;
@@ -923,42 +966,47 @@ template <typename T> void FixHLGaussH5MD::pack(const Column &column)
   };
 
   if (column.missing) {
-    const T nan = std::numeric_limits<T>::has_quiet_NaN ? std::numeric_limits<T>::quiet_NaN() : T(-1);
+    const T nan =
+        std::numeric_limits<T>::has_quiet_NaN ? std::numeric_limits<T>::quiet_NaN() : T(-1);
     std::fill_n(out, n * width, nan);
     return;
   }
   switch (column.source) {
-    case Column::ID: return fill([&](int i) { return atom->tag[i]; });
-    case Column::TYPE: return fill([&](int i) { return atom->type[i]; });
-    case Column::SPECIES: return fill([&](int i) { return species[atom->type[i]]; });
-    case Column::MASS:
-      return fill([&](int i) { return atom->rmass ? atom->rmass[i] : atom->mass[atom->type[i]]; });
-    case Column::UNWRAPPED:
-      for (size_t k = 0; k < n; k++) {
-        double unwrapped[3];
-        domain->unmap(atom->x[selected[k]], atom->image[selected[k]], unwrapped);
-        std::copy_n(unwrapped, 3, out + 3 * k);
-      }
-      return;
-    case Column::IMAGE:
-      for (size_t k = 0; k < n; k++) {
-        const imageint image = atom->image[selected[k]];
-        out[3 * k] = static_cast<T>((image & IMGMASK) - IMGMAX);
-        out[3 * k + 1] = static_cast<T>((image >> IMGBITS & IMGMASK) - IMGMAX);
-        out[3 * k + 2] = static_cast<T>((image >> IMG2BITS) - IMGMAX);
-      }
-      return;
-    default:
-      if (column.vector) return fill([&](int i) { return column.vector[i] * column.factor; });
-      if (column.int_vector) return fill([&](int i) { return column.int_vector[i]; });
-      if (column.rows) return fill_rows(column.rows, column.factor);
-      if (column.int_rows) return fill_rows(column.int_rows, 1.0);
+  case Column::ID:
+    return fill([&](int i) { return atom->tag[i]; });
+  case Column::TYPE:
+    return fill([&](int i) { return atom->type[i]; });
+  case Column::SPECIES:
+    return fill([&](int i) { return species[atom->type[i]]; });
+  case Column::MASS:
+    return fill([&](int i) { return atom->rmass ? atom->rmass[i] : atom->mass[atom->type[i]]; });
+  case Column::UNWRAPPED:
+    for (size_t k = 0; k < n; k++) {
+      double unwrapped[3];
+      domain->unmap(atom->x[selected[k]], atom->image[selected[k]], unwrapped);
+      std::copy_n(unwrapped, 3, out + 3 * k);
+    }
+    return;
+  case Column::IMAGE:
+    for (size_t k = 0; k < n; k++) {
+      const imageint image = atom->image[selected[k]];
+      out[3 * k] = static_cast<T>((image & IMGMASK) - IMGMAX);
+      out[3 * k + 1] = static_cast<T>((image >> IMGBITS & IMGMASK) - IMGMAX);
+      out[3 * k + 2] = static_cast<T>((image >> IMG2BITS) - IMGMAX);
+    }
+    return;
+  default:
+    if (column.vector) return fill([&](int i) { return column.vector[i] * column.factor; });
+    if (column.int_vector) return fill([&](int i) { return column.int_vector[i]; });
+    if (column.rows) return fill_rows(column.rows, column.factor);
+    if (column.int_rows) return fill_rows(column.int_rows, 1.0);
   }
 }
 
 double FixHLGaussH5MD::memory_usage()
 {
-  double bytes = static_cast<double>(packed.capacity() + received.capacity() + assembled.capacity());
+  double bytes =
+      static_cast<double>(packed.capacity() + received.capacity() + assembled.capacity());
   bytes += static_cast<double>(slots.capacity() * sizeof(int64_t));
   bytes += static_cast<double>(selected.capacity() * sizeof(int));
   for (const auto &column : columns)

@@ -18,7 +18,7 @@ class Compute;
 class Pair;
 
 class FixHLGaussH5MD : public Fix {
- public:
+public:
   FixHLGaussH5MD(class LAMMPS *, int, char **);
   ~FixHLGaussH5MD() override;
 
@@ -30,7 +30,7 @@ class FixHLGaussH5MD : public Fix {
   void post_run() override;
   double memory_usage() override;
 
- private:
+private:
   struct Library;    // entry points of libhlgauss_h5md.so
 
   /// One quantity to write and where LAMMPS keeps it now.
@@ -86,13 +86,13 @@ class FixHLGaussH5MD : public Fix {
   std::unique_ptr<Library> library;    // rank 0
   void *file;                          // rank 0
   bool opened;
-  bigint last_step;        // of the last frame in the file
-  bigint timeout_step;     // last step that ended with a timeout or fix halt
+  bigint last_step;       // of the last frame in the file
+  bigint timeout_step;    // last step that ended with a timeout or fix halt
   bool warned_missing;
 
-  std::vector<int> selected;                       // owned atoms in the group
-  std::vector<int> counts;                         // rank 0: of each rank
-  std::vector<int64_t> slots;                      // rank 0: place of each gathered atom in the frame
+  std::vector<int> selected;     // owned atoms in the group
+  std::vector<int> counts;       // rank 0: of each rank
+  std::vector<int64_t> slots;    // rank 0: place of each gathered atom in the frame
   std::vector<char> packed, received, assembled;    // one column
 
   void parse_columns(int, char **);

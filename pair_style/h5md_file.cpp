@@ -69,7 +69,7 @@ template <typename T> T checked(T result, const char *what)
 
 /// Owns one HDF5 identifier of any kind.
 class Handle {
- public:
+public:
   Handle() = default;
   Handle(hid_t id, const char *what) : id_(checked(id, what)) {}
   Handle(Handle &&other) noexcept : id_(other.id_) { other.id_ = -1; }
@@ -87,13 +87,13 @@ class Handle {
   operator hid_t() const { return id_; }
   void abandon() { id_ = -1; }    // never give it back to HDF5
 
- private:
+private:
   hid_t id_ = -1;
 };
 
 /// Owns one file descriptor.
 class Descriptor {
- public:
+public:
   Descriptor() = default;
   explicit Descriptor(int fd) : fd_(fd) {}
   Descriptor(Descriptor &&other) noexcept : fd_(other.fd_) { other.fd_ = -1; }
@@ -110,13 +110,13 @@ class Descriptor {
   }
   operator int() const { return fd_; }
 
- private:
+private:
   int fd_ = -1;
 };
 
 /// A file beyond `ulimit -f` shall be an error that can be reported, not a signal that kills.
 class IgnoreFileSizeSignal {
- public:
+public:
   IgnoreFileSizeSignal()
   {
     struct sigaction ignore = {};
@@ -127,7 +127,7 @@ class IgnoreFileSizeSignal {
   IgnoreFileSizeSignal(const IgnoreFileSizeSignal &) = delete;
   IgnoreFileSizeSignal &operator=(const IgnoreFileSizeSignal &) = delete;
 
- private:
+private:
   struct sigaction previous_;
 };
 
@@ -175,11 +175,16 @@ void lock_for_writing(int fd, const std::string &path)
 hid_t hdf5_type(int type)
 {
   switch (type) {
-    case HLGAUSS_H5MD_INT16: return H5T_NATIVE_INT16;
-    case HLGAUSS_H5MD_INT32: return H5T_NATIVE_INT32;
-    case HLGAUSS_H5MD_INT64: return H5T_NATIVE_INT64;
-    case HLGAUSS_H5MD_FLOAT32: return H5T_NATIVE_FLOAT;
-    default: return H5T_NATIVE_DOUBLE;
+  case HLGAUSS_H5MD_INT16:
+    return H5T_NATIVE_INT16;
+  case HLGAUSS_H5MD_INT32:
+    return H5T_NATIVE_INT32;
+  case HLGAUSS_H5MD_INT64:
+    return H5T_NATIVE_INT64;
+  case HLGAUSS_H5MD_FLOAT32:
+    return H5T_NATIVE_FLOAT;
+  default:
+    return H5T_NATIVE_DOUBLE;
   }
 }
 
@@ -248,19 +253,21 @@ void write_text(hid_t parent, const char *name, const std::string &text)
   checked(H5Tset_strpad(type, H5T_STR_NULLPAD), "string type");
   checked(H5Tset_cset(type, H5T_CSET_UTF8), "string type");
   const Handle space(H5Screate(H5S_SCALAR), "text space");
-  const Handle dataset(
-      H5Dcreate2(parent, name, type, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT), name);
+  const Handle dataset(H5Dcreate2(parent, name, type, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT),
+                       name);
   checked(H5Dwrite(dataset, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, text.c_str()), name);
 }
 
 /// A dataset that grows by one row per frame.
 class Series {
- public:
+public:
   Series() = default;
 
   /// Create it. dims: shape of one frame; `atoms` makes the first of them growable.
   Series(hid_t parent, const char *name, int type, std::vector<hsize_t> frame, bool atoms,
-         int compress) : type_(type), frame_(std::move(frame)), atoms_(atoms)
+         int compress) :
+      type_(type),
+      frame_(std::move(frame)), atoms_(atoms)
   {
     std::vector<hsize_t> dims(1, 0), limit(1, H5S_UNLIMITED), chunk(1, atoms ? 1 : SERIES_CHUNK);
     dims.insert(dims.end(), frame_.begin(), frame_.end());
@@ -280,9 +287,8 @@ class Series {
       checked(H5Pset_shuffle(creation), name);
       checked(H5Pset_deflate(creation, compress), name);
     }
-    dataset_ = Handle(H5Dcreate2(parent, name, hdf5_type(type), space, H5P_DEFAULT, creation,
-                                 H5P_DEFAULT),
-                      name);
+    dataset_ = Handle(
+        H5Dcreate2(parent, name, hdf5_type(type), space, H5P_DEFAULT, creation, H5P_DEFAULT), name);
     atom_chunk_ = atoms ? chunk[1] : 1;
   }
 
@@ -351,9 +357,9 @@ class Series {
     const int rank = static_cast<int>(count.size());
     const Handle memory(H5Screate_simple(rank, count.data(), nullptr), "memory space");
     const Handle target(H5Dget_space(dataset_), "file space");
-    checked(H5Sselect_hyperslab(target, H5S_SELECT_SET, start.data(), nullptr, count.data(),
-                                nullptr),
-            "selection");
+    checked(
+        H5Sselect_hyperslab(target, H5S_SELECT_SET, start.data(), nullptr, count.data(), nullptr),
+        "selection");
     checked(H5Dwrite(dataset_, hdf5_type(type_), memory, target, H5P_DEFAULT, values), "writing");
   }
 
@@ -365,7 +371,7 @@ class Series {
     return dims;
   }
 
- private:
+private:
   Handle dataset_;
   int type_ = HLGAUSS_H5MD_FLOAT64;
   std::vector<hsize_t> frame_;    // shape of one frame
@@ -398,7 +404,7 @@ Names links_of(hid_t group)
 }
 
 class Writer {
- public:
+public:
   Writer(const hlgauss_h5md_settings &settings, hlgauss_h5md_opened &opened) : path_(settings.path)
   {
     struct stat info;
@@ -459,7 +465,7 @@ class Writer {
     if (known && ftruncate(descriptor_, static_cast<off_t>(end)) != 0) errno = 0;
   }
 
- private:
+private:
   std::string path_;
   Descriptor descriptor_;    // holds the lock and reserves space; HDF5 has its own
   Handle file_;
@@ -503,7 +509,10 @@ class Writer {
     return access;
   }
 
-  void flush() { checked(H5Fflush(file_, H5F_SCOPE_GLOBAL), "flushing"); }
+  void flush()
+  {
+    checked(H5Fflush(file_, H5F_SCOPE_GLOBAL), "flushing");
+  }
 
   /// Make the file system promise `bytes` after the end of the file, or fail without a trace.
   void reserve(int64_t bytes, const std::string &purpose)
@@ -653,9 +662,8 @@ class Writer {
   {
     const std::string source = std::string(TRAJECTORY) + "/box/edges/";
     for (const char *name : {"step", "time"})
-      checked(
-          H5Lcreate_hard(file_, (source + name).c_str(), group, name, H5P_DEFAULT, H5P_DEFAULT),
-          "linking step and time");
+      checked(H5Lcreate_hard(file_, (source + name).c_str(), group, name, H5P_DEFAULT, H5P_DEFAULT),
+              "linking step and time");
   }
 
   static void record_run(hid_t runs, const hlgauss_h5md_settings &settings, size_t number)

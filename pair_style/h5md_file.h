@@ -1,7 +1,7 @@
 // Plain C interface to libhlgauss_h5md.so, the only part of lmp-hl that knows HDF5.
 //
-// One writer owns one H5MD file. Functions return 0 (or a pointer) on success; otherwise they return
-// nonzero (or nullptr) and put one line into `error`. No exception leaves the library.
+// One writer owns one H5MD file. Functions return 0 (or a pointer) on success; otherwise they
+// return nonzero (or nullptr) and put one line into `error`. No exception leaves the library.
 
 #ifndef LMP_HLGAUSS_H5MD_FILE_H
 #define LMP_HLGAUSS_H5MD_FILE_H
@@ -55,10 +55,10 @@ struct hlgauss_h5md_settings {
   const char *time_unit;          // "" writes none
   const char *length_unit;        // "" writes none
   int periodic[3];
-  int64_t start_step;      // step this run starts from
-  int from_restart;        // 1 if this LAMMPS read a restart file
-  int64_t num_atoms;       // atoms in the first frame; sets the chunk size
-  int compress;            // gzip level 1-9, 0 for none
+  int64_t start_step;    // step this run starts from
+  int from_restart;      // 1 if this LAMMPS read a restart file
+  int64_t num_atoms;     // atoms in the first frame; sets the chunk size
+  int compress;          // gzip level 1-9, 0 for none
   int num_columns;
   const hlgauss_h5md_column *columns;
   int num_texts;
@@ -78,16 +78,18 @@ HLGAUSS_H5MD_EXPORT int hlgauss_h5md_interface();
 HLGAUSS_H5MD_EXPORT int hlgauss_h5md_check(const char *path, int mode, char *error, size_t size);
 
 /// Create the file or append to it. A failure leaves an existing file as it was.
-HLGAUSS_H5MD_EXPORT void *hlgauss_h5md_open(const hlgauss_h5md_settings *settings, hlgauss_h5md_opened *opened,
-                        char *error, size_t size);
+HLGAUSS_H5MD_EXPORT void *hlgauss_h5md_open(const hlgauss_h5md_settings *settings,
+                                            hlgauss_h5md_opened *opened, char *error, size_t size);
 
 /// Reserve the disk space of one frame; nothing is written yet, so a full disk does no harm.
 /// edges: rows a, b, c of the cell; origin: its lower corner.
-HLGAUSS_H5MD_EXPORT int hlgauss_h5md_begin_frame(void *file, int64_t step, double time, int64_t num_atoms,
-                             const double *edges, const double *origin, char *error, size_t size);
+HLGAUSS_H5MD_EXPORT int hlgauss_h5md_begin_frame(void *file, int64_t step, double time,
+                                                 int64_t num_atoms, const double *edges,
+                                                 const double *origin, char *error, size_t size);
 
 /// values: (num_atoms, width) of the column's type.
-HLGAUSS_H5MD_EXPORT int hlgauss_h5md_write_column(void *file, int column, const void *values, char *error, size_t size);
+HLGAUSS_H5MD_EXPORT int hlgauss_h5md_write_column(void *file, int column, const void *values,
+                                                  char *error, size_t size);
 
 /// Make the frame visible to readers and safe against the death of this process.
 HLGAUSS_H5MD_EXPORT int hlgauss_h5md_end_frame(void *file, char *error, size_t size);

