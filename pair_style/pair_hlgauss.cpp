@@ -65,8 +65,8 @@ void broadcast(std::string &bytes, MPI_Comm world)
 
 PairHLGauss::PairHLGauss(LAMMPS *lmp) :
     Pair(lmp), model_size(0), log_pending(false), energy_unit(1.0), fields_step(-1),
-    num_evaluations(0), num_edges_seen(0), num_centers_seen(0), time_graph(0.0), time_model(0.0),
-    time_tally(0.0)
+    num_evaluations(0), num_with_fields(0), num_edges_seen(0), num_centers_seen(0), time_graph(0.0),
+    time_model(0.0), time_tally(0.0)
 {
   single_enable = 0;
   restartinfo = 0;
@@ -121,23 +121,19 @@ std::vector<PairHLGauss *> PairHLGauss::find_all(LAMMPS *lmp)
 
 void PairHLGauss::settings(int narg, char **arg)
 {
-  const std::string usage = "expected 'model FILE [device auto|cpu|cuda|cuda:N]'";
-  if (narg < 2 || strcmp(arg[0], "model") != 0)
+  const std::string got = join(std::vector<std::string>(arg, arg + narg));
+  const bool other = narg > 2 && strcmp(arg[2], "device") != 0;
+  if (narg < 2 || narg == 3 || narg > 4 || strcmp(arg[0], "model") != 0 || other)
+    error->all(
+        FLERR,
+        "pair_style mliap/hlgauss: expected 'model FILE [device auto|cpu|cuda|cuda:N]', got "
+        "'{}'; to change between LAMMPS's own mliap and this one, first give 'pair_style none'",
+        got);
+  const std::string device = narg == 4 ? arg[3] : "auto";
+  if (!is_device(device))
     error->all(FLERR,
-               "pair_style mliap/hlgauss: {}, got '{}'; to change between LAMMPS's own mliap "
-               "and this one give 'pair_style none' first",
-               usage, join(std::vector<std::string>(arg, arg + narg)));
-  std::string device = "auto";
-  for (int iarg = 2; iarg < narg; iarg += 2) {
-    if (strcmp(arg[iarg], "device") != 0)
-      error->all(FLERR, "pair_style mliap/hlgauss: unknown keyword '{}'; {}", arg[iarg], usage);
-    if (iarg + 1 == narg || !is_device(arg[iarg + 1]))
-      error->all(FLERR,
-                 "pair_style mliap/hlgauss: device must be auto, cpu, cuda or cuda:N, got "
-                 "'{}'",
-                 iarg + 1 == narg ? "" : arg[iarg + 1]);
-    device = arg[iarg + 1];
-  }
+               "pair_style mliap/hlgauss: device must be auto, cpu, cuda or cuda:N, got '{}'",
+               device);
   model_path = arg[1];
   const std::string bytes = read_model_file();
 
@@ -292,7 +288,7 @@ void PairHLGauss::init_style()
   if (log_pending) log_summary();
   log_pending = false;
 
-  num_evaluations = num_edges_seen = num_centers_seen = 0;
+  num_evaluations = num_with_fields = num_edges_seen = num_centers_seen = 0;
   time_graph = time_model = time_tally = 0.0;
 }
 
@@ -534,8 +530,8 @@ void PairHLGauss::compute(int eflag, int vflag)
     std::string problem;
     if (!model->evaluate(graph, with_fields, result, problem))
       error->one(FLERR,
-                 "pair_style mliap/hlgauss: evaluating {} failed on {} atoms and {} edges: {}",
-                 model_path, graph.species.size(), graph.centers.size(), problem);
+                 "pair_style mliap/hlgauss: evaluating {} failed on {} atoms with {} edges: {}",
+                 model_path, num_owned, graph.centers.size(), problem);
     for (size_t k = 0; k < num_owned; k++)
       if (!std::isfinite(result.energy[k]))
         error->one(FLERR,
@@ -562,6 +558,7 @@ void PairHLGauss::compute(int eflag, int vflag)
         field_values[k][atom_of_node[node]] = unit * result.fields[k][node];
     }
     fields_step = update->ntimestep;
+    num_with_fields++;
   }
 
   num_evaluations++;
@@ -586,10 +583,10 @@ void PairHLGauss::finish()
   if (comm->me != 0) return;
   const double milli = 1000.0 / (double) num_evaluations / comm->nprocs;
   utils::logmesg(lmp,
-                 "hlgauss: {} evaluations, mean over ranks: graph {:.3f} ms, model {:.3f} ms, "
-                 "sums {:.3f} ms; {:.1f} edges per atom\n",
-                 num_evaluations, milli * seconds[0], milli * seconds[1], milli * seconds[2],
-                 (double) count[0] / (double) std::max<bigint>(1, count[1]));
+                 "hlgauss: {} evaluations, {} of them with uncertainty; mean over ranks: graph "
+                 "{:.3f} ms, model {:.3f} ms, sums {:.3f} ms; {:.1f} edges per atom\n",
+                 num_evaluations, num_with_fields, milli * seconds[0], milli * seconds[1],
+                 milli * seconds[2], (double) count[0] / (double) std::max<bigint>(1, count[1]));
 }
 
 /* ---------------------------------------------------------------------- */

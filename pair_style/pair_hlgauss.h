@@ -77,7 +77,7 @@ private:
   std::vector<std::vector<double>> field_values;    // (nmax) per field, LAMMPS units
   bigint fields_step;                               // step the values belong to, or -1
 
-  bigint num_evaluations, num_edges_seen, num_centers_seen;
+  bigint num_evaluations, num_with_fields, num_edges_seen, num_centers_seen;
   double time_graph, time_model, time_tally;    // seconds in this run
 };
 
