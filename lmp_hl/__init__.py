@@ -1,8 +1,8 @@
 """HL-Gauss potentials: categorical machine-learned potentials for LAMMPS and ASE.
 
-``lmp_hl.load("hl.pt")`` reads a model file, ``lmp_hl.HLCalculator("hl.pt")`` is its ASE calculator and
-``lmp_hl.h5md.open_trajectory("traj.h5md")`` a trajectory. Importing the package imports none of them:
-LAMMPS does so on every rank to find the plugin.
+``lmp_hl.load("hl.pt")`` reads a model file, ``lmp_hl.HLCalculator("hl.pt")`` is its ASE calculator,
+``lmp_hl.h5md.open_trajectory("traj.h5md")`` opens a trajectory. Importing the package imports none
+of them: LAMMPS imports it on every rank to find the plugin.
 """
 
 import importlib

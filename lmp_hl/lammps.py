@@ -1,4 +1,7 @@
-"""Where LAMMPS, its MPI launcher and our plugin are. Imports no torch: LAMMPS calls this on every rank."""
+"""Where LAMMPS, its MPI launcher and our plugin are.
+
+Imports no torch, because LAMMPS calls ``plugin_path`` on every rank before it starts.
+"""
 
 import sys
 import sysconfig
@@ -13,8 +16,8 @@ def plugin_path() -> str:
     """Folder that LAMMPS searches for the plugin; the entry point ``lammps.plugins``.
 
     An editable install has its Python files in the source tree and the built libraries in
-    site-packages: both are on the package's search path. If the plugin is not built, the folder where
-    it belongs is returned, LAMMPS prints "Loaded 0 plugins" and ``lmp-hl doctor`` says why.
+    site-packages: both are on the package's search path. If the plugin is not built, the folder
+    where it belongs is returned, LAMMPS prints "Loaded 0 plugins" and ``lmp-hl doctor`` says why.
     """
     folders = [Path(folder) / "plugin" for folder in lmp_hl.__path__]
     # a plain import from the source tree hides the installed package, not its libraries
@@ -23,7 +26,7 @@ def plugin_path() -> str:
 
 
 def build_info() -> dict[str, str]:
-    """Versions the plugin was built against, e.g. ``{"torch": "2.13.0+cpu", "lammps": "20250722"}``.
+    """Versions the plugin was built against: ``{"torch": "2.13.0+cpu", "lammps": "20250722"}``.
 
     Raises:
         FileNotFoundError: the plugin is not built.
@@ -48,6 +51,6 @@ def program(name: str) -> Path:
 
 
 def command(num_ranks: int, *lmp_args: str) -> list[str]:
-    """The command line that runs LAMMPS on ``num_ranks`` MPI ranks, e.g. ``command(2, "-in", "in.si")``."""
+    """The command line that runs LAMMPS on MPI ranks: ``command(2, "-in", "in.silicon")``."""
     lmp = [sys.executable, str(program("lmp")), *lmp_args]
     return lmp if num_ranks == 1 else [str(program("mpirun")), "-np", str(num_ranks), *lmp]

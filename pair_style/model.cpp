@@ -64,9 +64,9 @@ protected:
   }
 };
 
-std::string first_line(const std::string &text)
+std::string first_sentence(const std::string &text)
 {
-  return text.substr(0, text.find('\n'));
+  return text.substr(0, std::min(text.find('\n'), text.find(". ")));
 }
 
 /// The line of a TorchScript failure that names the exception; the rest is its call stack.
@@ -290,7 +290,7 @@ Model *load(const LoadRequest &request, std::string &error)
     std::istream stream(&buffer);
     module = torch::jit::load(stream, *device);
   } catch (const c10::Error &e) {
-    error = "not a TorchScript file or damaged (" + first_line(e.what_without_backtrace()) +
+    error = "not a TorchScript file or damaged (" + first_sentence(e.what_without_backtrace()) +
             "); wanted an hl.pt written by 'lmp-hl export'";
     return nullptr;
   }

@@ -1,7 +1,7 @@
-"""A small analytic potential with the contract of hl.pt, its brute-force reference, and LAMMPS runs.
+"""An analytic potential with the contract of hl.pt, its brute-force reference, and LAMMPS runs.
 
-It lets the plugin be tested without a network: the potential is a formula, and the reference sums over
-periodic images in numpy.
+It lets the plugin be tested without a network: the potential is a formula, and the reference sums
+over periodic images in numpy.
 """
 
 import subprocess
@@ -83,8 +83,8 @@ class AnalyticModel(torch.nn.Module):
         moment = vectors.new_zeros(num_nodes, 3).index_add(
             0, center[:num_edges], scaled.unsqueeze(1) * vectors[:num_edges]
         )
-        energy = self.reference[species] + torch.zeros_like(self.reference[species])
-        energy = energy[:num_owned] - self.depth[species][:num_owned] * torch.sqrt(1 + rho[:num_owned])
+        owned = species[:num_owned]
+        energy = self.reference[owned] - self.depth[owned] * torch.sqrt(1 + rho[:num_owned])
         energy = energy + 0.02 * (moment[:num_owned] ** 2).sum(1)
         if self.num_layers == 2:
             own = int(inputs["layer_edges"][1])
@@ -131,24 +131,23 @@ class Atoms:
 
     def write(self, path: Path) -> None:
         """Write as a LAMMPS data file of three atom types."""
-        c = self.cell
+        c = self.cell.tolist()
         lines = ["test", "", f"{len(self.species)} atoms", "3 atom types", ""]
-        lines += [f"0 {c[k, k]!r} {a}lo {a}hi" for k, a in enumerate("xyz")]
-        if np.any(c != np.diag(np.diag(c))):
-            lines.append(f"{c[1, 0]!r} {c[2, 0]!r} {c[2, 1]!r} xy xz yz")
-        lines += ["", "Masses", "", f"1 {MASSES[0]}", f"2 {MASSES[1]}", "3 40.0", "", "Atoms # atomic"]
-        lines.append("")
-        for k, (kind, x) in enumerate(zip(self.types, self.positions, strict=True)):
-            lines.append(f"{k + 1} {kind} " + " ".join(repr(float(v)) for v in x))
-        path.write_text("\n".join(lines).replace("np.float64(", "").replace(")", "") + "\n")
+        lines += [f"0 {c[k][k]!r} {a}lo {a}hi" for k, a in enumerate("xyz")]
+        if np.any(np.tril(self.cell, -1)):
+            lines.append(f"{c[1][0]!r} {c[2][0]!r} {c[2][1]!r} xy xz yz")
+        lines += ["", "Masses", "", f"1 {MASSES[0]}", f"2 {MASSES[1]}", "3 40.0"]
+        lines += ["", "Atoms # atomic", ""]
+        for k, (kind, x) in enumerate(zip(self.types, self.positions.tolist(), strict=True)):
+            lines.append(f"{k + 1} {kind} {x[0]!r} {x[1]!r} {x[2]!r}")
+        path.write_text("\n".join(lines) + "\n")
 
 
 def edges(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Centres, neighbours and vectors of all pairs within the cutoff, over periodic images."""
-    volume = abs(np.linalg.det(atoms.cell))
-    heights = [volume / np.linalg.norm(np.cross(atoms.cell[k - 2], atoms.cell[k - 1])) for k in range(3)]
-    spread = np.linalg.inv(atoms.cell).T @ atoms.positions.T  # atoms may lie outside the cell
-    spans = spread.max(1) - spread.min(1)
+    inverse = np.linalg.inv(atoms.cell)
+    heights = 1 / np.linalg.norm(inverse, axis=0)  # distances between opposite faces
+    spans = np.ptp(atoms.positions @ inverse, axis=0)  # atoms may lie outside the cell
     reach = [
         int(np.ceil(CUTOFF / h + s)) if p else 0
         for h, s, p in zip(heights, spans, atoms.periodic, strict=True)

@@ -24,13 +24,14 @@ COLUMNS = "id x y z fx fy fz c_e c_s[1] c_s[2] c_s[3] c_s[4] c_s[5] c_s[6] c_u[1
 
 
 def small_cell() -> Atoms:
-    return Atoms([[0.1, 0.2, 0.3], [1.2, 0.9, 1.6]], [0, 1], np.diag([2.9, 3.1, 3.0]))
+    positions = [[0.1, 0.2, 0.3], [1.2, 0.9, 1.6], [2.2, 2.6, 0.9]]
+    return Atoms(positions, [0, 1, 1], np.diag([2.9, 3.1, 3.0]))
 
 
 def slab() -> Atoms:
     atoms = crystal(5)
     cell = atoms.cell + np.diag([0, 0, 9.0])
-    return Atoms(atoms.positions + [0, 0, 4.0], atoms.species, cell, (True, True, False))
+    return Atoms(atoms.positions + np.array([0, 0, 4.0]), atoms.species, cell, (True, True, False))
 
 
 def with_unseen_type() -> Atoms:

@@ -50,6 +50,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 START = ["units metal", "atom_modify map array", "read_data si.data"]
 PAIR = ["pair_style mliap model hl.pt", "pair_coeff * * Si O NULL"]
+SNAP_WORDS = (
+    "mliap model linear InP_JCPA2020.mliap.model descriptor sna InP_JCPA2020.mliap.descriptor"
+)
+SNAP = [f"pair_style {SNAP_WORDS}", "pair_coeff * * In P P"]
+BONDED = ["clear", "units metal", "atom_style bond"]
+BONDED += ["read_data bond.data extra/special/per/atom 2"]
 MOLECULE = """test
 
 2 atoms
@@ -89,7 +95,10 @@ BAD_INPUT = {
     "changed numbers": (["pair_style mliap model changed.pt"], ["self-test", "'energy' differs"]),
     "no such device": (["pair_style mliap model hl.pt device gpu"], ["device must be", "'gpu'"]),
     "no such GPU": (["pair_style mliap model hl.pt device cuda:99"], ["cuda:99", "CUDA device"]),
-    "unknown keyword": (["pair_style mliap model hl.pt speed 3"], ["'model hl.pt speed 3'", "expected 'model"]),
+    "unknown keyword": (
+        ["pair_style mliap model hl.pt speed 3"],
+        ["'model hl.pt speed 3'", "expected 'model FILE"],
+    ),
     "no file named": (["pair_style hlgauss model"], ["expected 'model FILE"]),
     "too few elements": ([PAIR[0], "pair_coeff * * Si O"], ["3 atom types", "knows Si O"]),
     "too many elements": ([PAIR[0], "pair_coeff * * Si O O O"], ["3 atom types", "* * Si O O O"]),
@@ -106,8 +115,7 @@ BAD_INPUT = {
         ["'units metal' or 'units real'", "'units lj'"],
     ),
     "dropped neighbours": (
-        ["clear", "units metal", "atom_style bond", "read_data bond.data extra/special/per/atom 2"]
-        + [*PAIR, "bond_style zero", "bond_coeff *", "run 0"],
+        [*BONDED, *PAIR, "bond_style zero", "bond_coeff *", "run 0"],
         ["special_bonds lj/coul 1 1 1"],
     ),
     "unknown field": (
@@ -120,12 +128,9 @@ BAD_INPUT = {
         ["found 0"],
     ),
     "compute with LAMMPS's mliap": (
-        ["clear", "units metal", "read_data si.data"]
-        + ["pair_style mliap model linear InP_JCPA2020.mliap.model descriptor sna "
-           "InP_JCPA2020.mliap.descriptor", "pair_coeff * * In P P"]
-        + ["compute u all hlgauss/atom entropy", "run 0"],
+        [*SNAP, "compute u all hlgauss/atom entropy", "run 0"],
         ["found 0"],
-    ),  # fmt: skip
+    ),
     "fix pair, unknown field": (
         [*PAIR, "fix g all pair 1 mliap entropie 1"],
         ["cannot extract entropie_flag"],
@@ -212,21 +217,15 @@ USES = {
         "compute u all hlgauss/atom entropy",
         "fix g all pair 1 mliap entropy 1 force_std 1",
     ],
-    "snap": [
-        "pair_style mliap model linear InP_JCPA2020.mliap.model descriptor sna "
-        "InP_JCPA2020.mliap.descriptor",
-        "pair_coeff * * In P P",
-    ],
+    "snap": SNAP,
     "both": [
-        "pair_style hybrid/overlay mliap model linear InP_JCPA2020.mliap.model descriptor sna "
-        "InP_JCPA2020.mliap.descriptor mliap model hl.pt",
+        f"pair_style hybrid/overlay {SNAP_WORDS} mliap model hl.pt",
         "pair_coeff * * mliap 1 In P P",
         "pair_coeff * * mliap 2 Si O NULL",
         "compute u all hlgauss/atom entropy",
     ],
     "both_reversed": [
-        "pair_style hybrid/overlay mliap model hl.pt mliap model linear InP_JCPA2020.mliap.model "
-        "descriptor sna InP_JCPA2020.mliap.descriptor",
+        f"pair_style hybrid/overlay mliap model hl.pt {SNAP_WORDS}",
         "pair_coeff * * mliap 1 Si O NULL",
         "pair_coeff * * mliap 2 In P P",
         "compute u all hlgauss/atom entropy",
@@ -248,9 +247,8 @@ def uses(folder: Path) -> dict[str, np.ndarray]:
         write = WRITE.format(name=name, more=MORE.get(name, ""))
         script += "\n".join(["clear", *START, *commands]) + write
     real = [line.replace("metal", "real") for line in START]
-    more = "c_u[1] c_u[2]"
-    commands = [*PAIR, "compute u all hlgauss/atom entropy force_std", "compute p all pressure NULL pair"]
-    script += "\n".join(["clear", *real, *commands]) + WRITE.format(name="real", more=more)
+    commands = ["clear", *real, *PAIR, "compute u all hlgauss/atom entropy force_std"]
+    script += "\n".join(commands) + WRITE.format(name="real", more="c_u[1] c_u[2]")
     result = run_lammps(script, folder, 2)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     (folder / "uses.out").write_text(result.stdout)
@@ -333,7 +331,8 @@ def test_uncertainty_is_evaluated_only_on_steps_that_use_it(folder: Path) -> Non
     script = "\n".join([*START, *PAIR]) + md + "thermo 5\nrun 20\n"
     reduce = "compute u all hlgauss/atom entropy\ncompute m all reduce max c_u\n"
     script += reduce + "thermo 10\nthermo_style custom step c_m\nrun 20\n"
-    script += "uncompute m\nuncompute u\nthermo_style one\nfix g all pair 4 mliap entropy 1\nrun 20\n"
+    script += "uncompute m\nuncompute u\nthermo_style one\n"
+    script += "fix g all pair 4 mliap entropy 1\nrun 20\n"
     out = run_lammps(script, folder).stdout
     counts = re.findall(r"hlgauss: (\d+) evaluations, (\d+) of them", out)
     # never; on steps 20, 30, 40; on steps 40, 44, ..., 60
