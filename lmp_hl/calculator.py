@@ -22,14 +22,15 @@ class HLCalculator(Calculator):
         path: `hl.pt`.
         device: torch device.
 
-    The fields (entropy, force_std, distance, ...) stand in `atoms.calc.results` as (num_atoms,) arrays in the units of
-    `model.field_units`; `energies` are per-atom energies.
+    The fields (entropy, force_std, distance, ...) stand in `atoms.calc.results` as (num_atoms,)
+    arrays in the units of `model.field_units`; `energies` are per-atom energies.
 
     Raises:
-        ValueError: the model cannot be opened (see model_file.load), or an atom's element is unknown to it.
+        ValueError: the model cannot be opened (see model_file.load), or an atom's element is
+            unknown to it.
     """
 
-    implemented_properties: ClassVar[list[str]] = [
+    implemented_properties: ClassVar[list[str]] = [  # type: ignore[misc]  # ASE: per instance
         "energy",
         "free_energy",
         "energies",

@@ -18,7 +18,7 @@ from .model_file import FORMAT_VERSION, load
 from .nn.heads import HistogramEnergy
 from .potential import FIELDS, Potential
 
-# largest deviation of the self-test: rounding of another CPU, GPU or thread count, not another model
+# largest deviation of the self-test: rounding on other hardware, not another model
 TOLERANCE = {"float32": 2e-4, "float64": 1e-9}
 
 

@@ -1,9 +1,10 @@
 """The one place that turns values into bins and bins into values, entropy and variance.
 
-HL-Gauss (Imani & White 2018; Farebrother et al. 2024): a target y becomes the mass of N(y, sigma^2) in
-each bin, renormalised on the support; the loss is the cross-entropy with softmax(logits); the decoded
-value is the expectation of the bin centres. All functions are TorchScript-compatible and work in the
-dtype and on the device of their arguments; lengths carry whatever unit the bin edges carry.
+HL-Gauss (Imani & White 2018; Farebrother et al. 2024): a target y becomes the mass of N(y, sigma^2)
+in each bin, renormalised on the support; the loss is the cross-entropy with softmax(logits); the
+decoded value is the expectation of the bin centres. All functions are TorchScript-compatible and
+work in the dtype and on the device of their arguments; lengths carry whatever unit the bin edges
+carry.
 """
 
 import math
@@ -50,10 +51,12 @@ def outside_support(targets: Tensor, edges: Tensor) -> Tensor:
 def hl_gauss(targets: Tensor, edges: Tensor, sigma: Tensor) -> Tensor:
     """Bin probabilities of N(target, sigma^2) renormalised on the support.
 
-    p_k = [Phi((b_k - y)/sigma) - Phi((b_{k-1} - y)/sigma)] / [Phi((b_K - y)/sigma) - Phi((b_0 - y)/sigma)]
+    p_k = [Phi((b_k - y)/sigma) - Phi((b_{k-1} - y)/sigma)]
+          / [Phi((b_K - y)/sigma) - Phi((b_0 - y)/sigma)]
 
     Args:
-        targets: (...,); those outside the support are taken at its nearest end (see outside_support).
+        targets: (...,); those outside the support are taken at its nearest end (see
+            outside_support).
         edges: (num_bins + 1,) ascending, uniform or not.
         sigma: kernel width in the unit of the edges; broadcasts against targets.
 
@@ -64,8 +67,12 @@ def hl_gauss(targets: Tensor, edges: Tensor, sigma: Tensor) -> Tensor:
     z = (edges - inside) / (math.sqrt(2.0) * sigma.unsqueeze(-1))
     # erf differences lose all digits in the upper tail; erfc of the folded argument does not
     upper = torch.erfc(z.abs())
-    right = torch.where(z[..., :-1] >= 0, upper[..., :-1] - upper[..., 1:], torch.zeros_like(z[..., 1:]))
-    left = torch.where(z[..., 1:] <= 0, upper[..., 1:] - upper[..., :-1], torch.zeros_like(z[..., 1:]))
+    right = torch.where(
+        z[..., :-1] >= 0, upper[..., :-1] - upper[..., 1:], torch.zeros_like(z[..., 1:])
+    )
+    left = torch.where(
+        z[..., 1:] <= 0, upper[..., 1:] - upper[..., :-1], torch.zeros_like(z[..., 1:])
+    )
     across = torch.where(
         (z[..., :-1] < 0) & (z[..., 1:] > 0),
         2.0 - upper[..., 1:] - upper[..., :-1],
@@ -86,7 +93,7 @@ def expectation(probs: Tensor, centers: Tensor) -> Tensor:
 
 
 def variance(probs: Tensor, centers: Tensor) -> Tensor:
-    """Variance of the histogram's bin centres; (..., num_bins) -> (...,), unit of centres squared."""
+    """Variance of the bin centres of each row; (..., num_bins) -> (...,), unit squared."""
     mean = expectation(probs, centers).unsqueeze(-1)
     return (probs * (centers - mean) ** 2).sum(-1)
 

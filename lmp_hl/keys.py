@@ -1,10 +1,11 @@
 """Every tensor that crosses the boundary of a model: its key, shape, dtype and unit.
 
 Nodes are the atoms a model sees: first the `num_owned` atoms whose energy is wanted, then (message
-passing only) neighbours by the number of hops from an owned atom, then atoms that are only ever neighbours.
-Edges point from a centre i to a neighbour j with |r_j - r_i| < cutoff and are sorted so that layer t of
-the network needs exactly the first `layer_edges[t]` edges and computes the first `layer_nodes[t]` nodes.
-In a periodic or isolated structure evaluated as a whole every entry equals num_nodes or num_edges.
+passing only) neighbours by the number of hops from an owned atom, then atoms that are only ever
+neighbours. Edges point from a centre i to a neighbour j with |r_j - r_i| < cutoff and are sorted so
+that layer t of the network needs exactly the first `layer_edges[t]` edges and computes the first
+`layer_nodes[t]` nodes. In a periodic or isolated structure evaluated as a whole every entry equals
+num_nodes or num_edges.
 """
 
 from typing import Final
@@ -26,9 +27,13 @@ ENERGY: Final = "energy"  # (num_owned,) float64, eV, per-atom energy with the e
 EDGE_GRADIENTS: Final = "edge_gradients"  # (num_edges, 3) model dtype, eV/Å, dE/d(edge_vectors)
 
 # per-atom uncertainty fields, present in the output when asked for
-ENTROPY: Final = "entropy"  # (num_owned,) model dtype, nats, Shannon entropy of the energy histogram
+ENTROPY: Final = (
+    "entropy"  # (num_owned,) model dtype, nats, Shannon entropy of the energy histogram
+)
 EXCESS_ENTROPY: Final = "excess_entropy"  # (num_owned,) nats, entropy above the kernel's own floor
-FORCE_ENTROPY: Final = "force_entropy"  # (num_owned,) nats, entropy of the calibrated force histogram
+FORCE_ENTROPY: Final = (
+    "force_entropy"  # (num_owned,) nats, entropy of the calibrated force histogram
+)
 FORCE_STD: Final = "force_std"  # (num_owned,) eV/Å, calibrated error of one force component
 DISTANCE: Final = "distance"  # (num_owned,) dimensionless, feature distance / validation median
 MEMBERS: Final = "members"  # reserved: (num_owned, num_members) eV, coherent samples of the energy

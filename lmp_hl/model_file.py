@@ -26,7 +26,9 @@ class Model:
         hash: SHA-256 of the file, hexadecimal.
     """
 
-    def __init__(self, path: Path, module: torch.jit.ScriptModule, device: str, digest: str) -> None:
+    def __init__(
+        self, path: Path, module: torch.jit.ScriptModule, device: str, digest: str
+    ) -> None:
         self.path = path
         self.module = module
         self.device = device
@@ -59,22 +61,26 @@ def load(path: str | Path, device: str = "cpu") -> Model:
         device: torch device to evaluate on.
 
     Raises:
-        ValueError: no such file; truncated or not TorchScript; a newer format; the self-test gives other
-            numbers than when the model was exported.
+        ValueError: no such file; truncated or not TorchScript; a newer format; the self-test gives
+            other numbers than when the model was exported.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such model file; export one with lmp-hl export model.ckpt {path}")
+        raise ValueError(
+            f"{path}: no such model file; export one with lmp-hl export model.ckpt {path}"
+        )
     if not zipfile.is_zipfile(path):
         raise ValueError(
-            f"{path}: truncated, or not a TorchScript file (its first or last bytes are not those of one); "
-            f"export it again with lmp-hl export"
+            f"{path}: truncated, or not a TorchScript file (its first or last bytes are not those "
+            f"of one); export it again with lmp-hl export"
         )
     try:
         module = torch.jit.load(str(path), map_location=device)
     except RuntimeError as error:
         line = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a TorchScript model that torch can open ({line:.200})") from None
+        raise ValueError(
+            f"{path}: not a TorchScript model that torch can open ({line:.200})"
+        ) from None
     version = getattr(module, "format_version", None)
     if not isinstance(version, int):
         raise ValueError(
@@ -105,13 +111,16 @@ def self_test(model: Model) -> float:
     worst = 0.0
     for key, expected in model.module.selftest_outputs.items():
         expected = expected.cpu().double()
-        error = (outputs[key].double() - expected).abs().max() / max(1.0, float(expected.abs().max()))
+        error = (outputs[key].double() - expected).abs().max() / max(
+            1.0, float(expected.abs().max())
+        )
         worst = max(worst, float(error))
         if not error <= model.module.selftest_tolerance:
             raise ValueError(
-                f"{model.path}: self-test failed: {key} differs by {float(error):.2g} from the value at export "
-                f"(tolerance {model.module.selftest_tolerance:g}) on {model.device} with torch "
-                f"{torch.__version__}; export the model again with this version"
+                f"{model.path}: self-test failed: {key} differs by {float(error):.2g} from the "
+                f"value at export (tolerance {model.module.selftest_tolerance:g}) on "
+                f"{model.device} with torch {torch.__version__}; export the model again with this "
+                f"version"
             )
     return worst
 
@@ -122,25 +131,39 @@ def describe(path: str | Path) -> str:
     card = model.card
     training, config, calibration = card["training"], card["config"], card["calibration"]
     metrics = training["metrics"]
-    reach = "strictly local" if model.num_layers == 1 else f"{model.num_layers} message-passing layers"
+    reach = (
+        "strictly local" if model.num_layers == 1 else f"{model.num_layers} message-passing layers"
+    )
     lines = [
         ("name", card["name"]),
-        ("file", f"{path} ({Path(path).stat().st_size / 2**20:.2f} MiB, format {model.module.format_version})"),
+        (
+            "file",
+            f"{path} ({Path(path).stat().st_size / 2**20:.2f} MiB, "
+            f"format {model.module.format_version})",
+        ),
         ("sha256", model.hash),
-        ("elements", " ".join(f"{e} ({m:.3f} u)" for e, m in zip(model.elements, model.masses, strict=True))),
+        (
+            "elements",
+            " ".join(f"{e} ({m:.3f} u)" for e, m in zip(model.elements, model.masses, strict=True)),
+        ),
         ("cutoff", f"{model.cutoff:g} Å, {reach}"),
         ("precision", f"{model.dtype} network, float64 energies"),
         ("units", f"{model.units} (eV, Å)"),
         ("head", _head(card)),
-        ("fields", ", ".join(f"{f} [{u}]" for f, u in zip(model.fields, model.field_units, strict=True))),
+        (
+            "fields",
+            ", ".join(f"{f} [{u}]" for f, u in zip(model.fields, model.field_units, strict=True)),
+        ),
         (
             "trained on",
             f"{training['train_frames']} frames, {training['train_atoms']} atoms; validated on "
-            f"{training['valid_frames']} frames; {config['training']['epochs']} epochs in {training['seconds']:.0f} s",
+            f"{training['valid_frames']} frames; {config['training']['epochs']} epochs in "
+            f"{training['seconds']:.0f} s",
         ),
         (
             "validation",
-            f"energy {metrics['valid_energy_rmse']:.2f} meV/atom, forces {metrics['valid_forces_rmse']:.1f} meV/Å (RMSE)",
+            f"energy {metrics['valid_energy_rmse']:.2f} meV/atom, forces "
+            f"{metrics['valid_forces_rmse']:.1f} meV/Å (RMSE)",
         ),
         (
             "calibration",
@@ -158,11 +181,15 @@ def _head(card: dict[str, Any]) -> str:
         return "scalar energy"
     bins = card["histogram"]
     return (
-        f"HL-Gauss energy, {bins['num_bins']} bins of {1e3 * bins['bin_width']:.3g} meV around each atom's anchor, "
-        f"sigma {bins['sigma']:g} bins, entropy floor {bins['entropy_floor']:.3f} nat"
+        f"HL-Gauss energy, {bins['num_bins']} bins of {1e3 * bins['bin_width']:.3g} meV around "
+        f"each atom's anchor, sigma {bins['sigma']:g} bins, entropy floor "
+        f"{bins['entropy_floor']:.3f} nat"
     )
 
 
 def _ranking(ranking: dict[str, float]) -> str:
     ordered = sorted(ranking.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {value:.2f}" for name, value in ordered) + " (Spearman, validation atoms)"
+    return (
+        ", ".join(f"{name} {value:.2f}" for name, value in ordered)
+        + " (Spearman, validation atoms)"
+    )

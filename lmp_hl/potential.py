@@ -8,13 +8,19 @@ from torch import Tensor, nn
 
 from . import histogram, keys
 from .nn.backbone import Backbone, Features
-from .nn.heads import AtomicEnergy, FeatureDistance, ForceDistribution, HistogramEnergy, ScalarEnergy
+from .nn.heads import (
+    AtomicEnergy,
+    FeatureDistance,
+    ForceDistribution,
+    HistogramEnergy,
+    ScalarEnergy,
+)
 
 FIELDS = (keys.ENTROPY, keys.EXCESS_ENTROPY, keys.FORCE_ENTROPY, keys.FORCE_STD, keys.DISTANCE)
 
 
 class Potential(nn.Module):
-    """E = sum_i (E0[z_i] + E_i), forces as gradients of edge vectors, per-atom uncertainty on request.
+    """E = sum_i (E0[z_i] + E_i), its gradients of edge vectors, uncertainty fields on request.
 
     Args:
         num_elements: number of species indices.
@@ -24,6 +30,8 @@ class Potential(nn.Module):
         channels, l_max, num_radial, num_scalars: see Backbone.
         num_bins, sigma: of the energy histogram; sigma in bin widths.
     """
+
+    reference_energies: Tensor
 
     def __init__(
         self,
@@ -40,16 +48,20 @@ class Potential(nn.Module):
     ) -> None:
         super().__init__()
         if l_max < 2:
-            raise ValueError(f"model.l_max must be at least 2 (the force distribution needs it), got {l_max}")
+            raise ValueError(
+                f"model.l_max must be at least 2 (the force distribution needs it), got {l_max}"
+            )
         self.backbone = Backbone(
             num_elements, cutoff, num_layers, channels, l_max, num_radial, num_scalars
         )
+        energy_head: HistogramEnergy | ScalarEnergy
         if head == "hlgauss":
-            self.energy_head = HistogramEnergy(num_scalars, num_elements, num_bins, sigma)
+            energy_head = HistogramEnergy(num_scalars, num_elements, num_bins, sigma)
         elif head == "scalar":
-            self.energy_head = ScalarEnergy(num_scalars, num_elements)
+            energy_head = ScalarEnergy(num_scalars, num_elements)
         else:
             raise ValueError(f"model.head must be 'hlgauss' or 'scalar', got {head!r}")
+        self.energy_head = energy_head
         self.distance = FeatureDistance(num_scalars, channels, l_max, num_elements)
         self.force_distribution = ForceDistribution(num_scalars, channels, num_elements)
         self.register_buffer("reference_energies", torch.zeros(num_elements, dtype=torch.float64))
@@ -60,7 +72,9 @@ class Potential(nn.Module):
         species = inputs[keys.SPECIES][: features.scalars.shape[0]]
         return features, self.energy_head(features.scalars, species)
 
-    def fields(self, features: Features, energy: AtomicEnergy, species: Tensor) -> dict[str, Tensor]:
+    def fields(
+        self, features: Features, energy: AtomicEnergy, species: Tensor
+    ) -> dict[str, Tensor]:
         """Every per-atom uncertainty field (keys.py) of the owned atoms."""
         distance = self.distance(features, species)
         force = self.force_distribution(features, species)
@@ -125,4 +139,6 @@ def edge_forces(edge_index: Tensor, edge_gradients: Tensor, num_nodes: int) -> T
         (num_nodes, 3), eV/Å.
     """
     zeros = edge_gradients.new_zeros((num_nodes, 3))
-    return zeros.index_add(0, edge_index[0], edge_gradients).index_add(0, edge_index[1], -edge_gradients)
+    return zeros.index_add(0, edge_index[0], edge_gradients).index_add(
+        0, edge_index[1], -edge_gradients
+    )

@@ -1,7 +1,7 @@
 """What is fitted after training, on frozen features: feature distance and force distribution.
 
-The distance comes from the training frames' features, everything with a size (its median, the force
-distribution, the bins of force_entropy) from the validation frames, whose force errors are held out.
+The distance comes from the training frames' features; everything with a size (its median, the force
+distribution, the bins of force_entropy) from the validation frames, not trained on.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from lmp_hl.potential import Potential, edge_forces
 from . import frames as fr
 
 FOLDS = 4
-# penalties on the weights of the force distribution's location; the largest makes it a constant per element
+# on the weights of the force distribution's location; the largest makes it constant per element
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 1e6)
 
 
@@ -39,7 +39,9 @@ class Atoms(NamedTuple):
     errors: Tensor
 
 
-def calibrate(potential: Potential, train: fr.GraphDataset, valid: fr.GraphDataset) -> dict[str, Any]:
+def calibrate(
+    potential: Potential, train: fr.GraphDataset, valid: fr.GraphDataset
+) -> dict[str, Any]:
     """Fit distance and force distribution in place and say how well they do on validation frames.
 
     Args:
@@ -48,8 +50,9 @@ def calibrate(potential: Potential, train: fr.GraphDataset, valid: fr.GraphDatas
         valid: frames it was not trained on.
 
     Returns:
-        For the card: number of validation frames and atoms, cross-validated ratio predicted/true force error and
-        log density (nats per atom), Spearman rank correlation of every field with the force error.
+        For the card: number of validation frames and atoms, cross-validated ratio predicted/true
+        force error and log density (nats per atom), Spearman rank correlation of every field with
+        the force error.
     """
     # float64 throughout: covariances of correlated features lose float32's digits
     working = _copy(potential).double()
@@ -69,7 +72,7 @@ def _copy(potential: Potential) -> Potential:
 
 
 def collect_atoms(potential: Potential, dataset: fr.GraphDataset) -> Atoms:
-    """Features and force errors of every atom of a dataset, in the potential's dtype, on the CPU."""
+    """Features and force errors of every atom of a dataset, in the potential's dtype."""
     dtype = next(potential.parameters()).dtype
     scalars, tensors, species, errors, frame = [], [], [], [], []
     for index, graph in enumerate(dataset):
@@ -94,10 +97,11 @@ def collect_atoms(potential: Potential, dataset: fr.GraphDataset) -> Atoms:
 
 
 def fit_distance(potential: Potential, seen: Atoms, held: Atoms) -> None:
-    """Mean and inverse covariance of the features per element (training), median distance (validation).
+    """Mean and inverse covariance of the features per element, median of the distance.
 
-    Features are divided by their standard deviations, and the covariance is shrunk towards the identity as
-    Ledoit & Wolf (2004) find optimal, so that an element with few atoms still has a finite distance.
+    Features are divided by their standard deviations, and the covariance is shrunk towards the
+    identity as Ledoit & Wolf (2004) find optimal, so that an element with few atoms still has a
+    finite distance.
     """
     distance = potential.distance
     x = distance.describe(seen.features)
@@ -114,7 +118,7 @@ def fit_distance(potential: Potential, seen: Atoms, held: Atoms) -> None:
 
 
 def fit_force_distribution(potential: Potential, held: Atoms) -> dict[str, Any]:
-    """Maximum likelihood of the validation frames' force errors, penalty chosen by cross-validation."""
+    """Maximum likelihood of the validation frames' force errors, penalty by cross-validation."""
     head = potential.force_distribution
     x = held.features.scalars
     head.feature_mean.copy_(x.mean(0))

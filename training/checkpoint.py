@@ -65,8 +65,8 @@ def load_checkpoint(path: str | Path) -> tuple[Potential, list[str], dict[str, A
         potential, elements, card.
 
     Raises:
-        ValueError: no such file, not a finished model, made by a newer version, or weights that do not fit
-            the architecture stored with them.
+        ValueError: no such file, not a finished model, made by a newer version, or weights that do
+            not fit the architecture stored with them.
     """
     path = Path(path)
     if not path.is_file():
@@ -92,8 +92,8 @@ def load_checkpoint(path: str | Path) -> tuple[Potential, list[str], dict[str, A
         potential.load_state_dict(content["state"])
     except RuntimeError as error:
         raise ValueError(
-            f"{path}: its weights do not fit its own architecture; made by another version of lmp-hl? "
-            f"({str(error).splitlines()[1].strip()})"
+            f"{path}: its weights do not fit its own architecture; made by another version of "
+            f"lmp-hl? ({str(error).splitlines()[1].strip()})"
         ) from None
     return potential.eval(), content["elements"], content["card"]
 

@@ -1,7 +1,7 @@
-"""What training minimises: HL-Gauss cross-entropy of per-atom energies, squared errors of forces and stress.
+"""What training minimises: cross-entropy of per-atom energies, squared errors of forces, stress.
 
-Weights and units make the histogram and the scalar control comparable: the energy term of both has the
-gradient of (dE)^2 / N in the mean energy of every atom, whatever the bin width.
+Weights and units make the histogram and the scalar control comparable: the energy term of both has
+the gradient of (dE)^2 / N in the mean energy of every atom, whatever the bin width.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class Prediction(NamedTuple):
 
 
 def predict(potential: Potential, batch: dict[str, Tensor], create_graph: bool) -> Prediction:
-    """Energies, forces and stress of a batch; `create_graph` keeps them differentiable in the weights."""
+    """Energies, forces and stress of a batch; `create_graph`: differentiable in the weights."""
     vectors = batch[keys.EDGE_VECTORS].detach().requires_grad_(True)
     _, atoms = potential.atoms({**batch, keys.EDGE_VECTORS: vectors})
     (gradient,) = torch.autograd.grad([atoms.energy.sum()], [vectors], create_graph=create_graph)
@@ -53,7 +53,7 @@ def energy_squared(prediction: Prediction, batch: dict[str, Tensor]) -> Tensor:
 
 
 class HistogramLoss(NamedTuple):
-    """loss: eV²; outside: share of per-atom targets beyond the support; spread: predicted / true error."""
+    """loss: eV²; outside: share of targets beyond the support; spread: predicted / true error."""
 
     loss: Tensor
     outside: Tensor
@@ -65,13 +65,14 @@ def energy_histogram(
 ) -> HistogramLoss:
     """HL-Gauss cross-entropy with equal shares.
 
-    Atom i's target is N(E_i + dE / N, sigma^2), E_i its detached mean and dE the frame's missing energy, in the bins that
-    stand at its detached anchor. Its cross-entropy is multiplied by 2 tau_i^2 w^2 (detached; the beta-NLL of Seitzer et
-    al. 2022): the anchor then feels exactly the gradient of (dE)^2 / N, and atoms whose histogram has
-    widened are not neglected. The mean over frames of the sum over atoms is returned, less the floor of the entropy.
+    Atom i's target is N(E_i + dE / N, sigma^2), E_i its detached mean and dE the frame's missing
+    energy, in the bins that stand at its detached anchor. Its cross-entropy is multiplied by 2
+    tau_i^2 (detached; the beta-NLL of Seitzer et al. 2022): the anchor then feels exactly the
+    gradient of (dE)^2 / N, and atoms whose histogram has widened are not neglected. The mean over
+    frames of the sum over atoms is returned, less the floor of the entropy.
 
-    A target beyond the support has no histogram: there the squared error takes over, with the same pull, and
-    the share of such targets is returned for the log.
+    A target beyond the support has no histogram: there the squared error takes over, with the same
+    pull, and the share of such targets is returned for the log.
     """
     graph_of = batch[fr.BATCH]
     width = head.bin_width
@@ -84,7 +85,7 @@ def energy_histogram(
     entropy = histogram.cross_entropy(target_probs, atoms.logits)
     probs = torch.softmax(atoms.logits.detach(), 1)
     variance = histogram.variance(probs, head.offsets)
-    scale = 2.0 * variance * width.to(variance.dtype) ** 2
+    scale = 2.0 * atoms.tau2.detach()
     squared = (atoms.energy.double() - (atoms.energy.detach() + share[graph_of])).square()
     outside = histogram.outside_support(targets, head.edges)
     per_atom = torch.where(outside, squared, scale * (entropy - head.entropy_floor()).double())
@@ -102,7 +103,7 @@ def forces_squared(prediction: Prediction, batch: dict[str, Tensor]) -> Tensor:
 
 
 def stress_squared(prediction: Prediction, batch: dict[str, Tensor]) -> Tensor:
-    """Mean squared error of a virial component per atom^(1/2), (V d sigma)^2 / N, eV²; 0 if no frame has one."""
+    """Mean over virial components of (V d sigma)^2 / N, eV²; 0 if no frame has a stress."""
     target = batch[fr.TARGET_STRESS]
     known = torch.isfinite(target)
     scale = (batch[fr.VOLUME] / batch[fr.NUM_ATOMS].sqrt()).reshape(-1, 1, 1)

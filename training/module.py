@@ -1,4 +1,4 @@
-"""One training run as Lightning sees it: steps, losses, metrics, schedule, the switch to histograms."""
+"""One training run as Lightning sees it: steps, metrics, schedule, the switch to histograms."""
 
 import math
 from typing import Any
@@ -16,6 +16,9 @@ from .config import ModelConfig, TrainConfig
 
 # share of the schedule in which the learning rate rises, and where it ends
 RISE, END = 0.02, 0.01
+# learning rate of the histogram's shape relative to the rest: Adam's steps do not know how small a
+# change of the logits is meant, and their jitter moves the expectation, hence energy and forces
+SHAPE_RATE = 0.1
 
 
 def build_potential(config: ModelConfig, num_elements: int) -> Potential:
@@ -61,8 +64,15 @@ class PotentialModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with a short linear rise and a cosine descent to 1 % of the learning rate."""
         training = self.config.training
+        head = self.potential.energy_head
+        shape = head.shape_parameters() if isinstance(head, HistogramEnergy) else []
+        chosen = {id(parameter) for parameter in shape}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in chosen]
         optimizer = torch.optim.AdamW(
-            [p for p in self.parameters() if p.requires_grad],
+            [
+                {"params": rest},
+                {"params": shape, "lr": SHAPE_RATE * training.learning_rate},
+            ],
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
             amsgrad=True,
@@ -73,21 +83,29 @@ class PotentialModule(L.LightningModule):
             done = step / total
             if done < RISE:
                 return (step + 1) / (RISE * total + 1)
-            return END + (1 - END) * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - RISE) / (1 - RISE))))
+            return END + (1 - END) * 0.5 * (
+                1 + math.cos(math.pi * min(1.0, (done - RISE) / (1 - RISE)))
+            )
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def on_train_epoch_start(self) -> None:
         """Measure the bin width once the scalar warm-up is over."""
         self._sums = {}
         head = self.potential.energy_head
-        if isinstance(head, HistogramEnergy) and self.current_epoch == self.config.training.warmup_epochs:
+        if (
+            isinstance(head, HistogramEnergy)
+            and self.current_epoch == self.config.training.warmup_epochs
+        ):
             loader = self.trainer.train_dataloader
             set_bin_width(self.potential, loader, self.config.model.bin_width, self.device)
             self.print(
-                f"histogram on: {head.num_bins} bins of {1e3 * float(head.bin_width):.3g} meV around "
-                f"each atom's anchor"
+                f"histogram on: {head.num_bins} bins of {1e3 * float(head.bin_width):.3g} meV "
+                f"around each atom's anchor"
             )
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
@@ -98,7 +116,7 @@ class PotentialModule(L.LightningModule):
         """Keep the histogram's shape untouched while the loss does not see it."""
         head = self.potential.energy_head
         if isinstance(head, HistogramEnergy) and not self.uses_histogram:
-            for parameter in (*head.delta.parameters(), *head.log_tau.parameters()):
+            for parameter in head.shape_parameters():
                 parameter.grad = torch.zeros_like(parameter)
 
     def on_validation_epoch_start(self) -> None:
@@ -137,7 +155,9 @@ class PotentialModule(L.LightningModule):
             self._add(split, "stress_rmse", error[known].square().sum(), int(known.sum()))
         per_atom = (prediction.energy - batch[fr.TARGET_ENERGY]) / batch[fr.NUM_ATOMS]
         self._add(split, "energy_rmse", per_atom.square().sum(), per_atom.numel())
-        self._add(split, "forces_rmse", forces * prediction.forces.numel(), prediction.forces.numel())
+        self._add(
+            split, "forces_rmse", forces * prediction.forces.numel(), prediction.forces.numel()
+        )
         self._add(split, "loss", loss, 1)
         return loss
 
@@ -163,8 +183,8 @@ def set_bin_width(
 ) -> None:
     """Choose w so that every training target lies well inside the support, or check the given one.
 
-    w = 2 max |dE/N| / (num_bins / 2 - 4 sigma / w): twice the room of today's largest residual, and 4 sigma
-    of padding against truncation.
+    w = 2 max |dE/N| / (num_bins / 2 - 4 sigma / w): twice the room of today's largest residual, and
+    4 sigma of padding against truncation.
 
     Args:
         potential: after the scalar warm-up.
@@ -192,7 +212,7 @@ def set_bin_width(
         names = "; ".join(f"{dataset.frames[k].source} by {shares[k]:+.3g}" for k in far[:5])
         raise ValueError(
             f"targets of {len(far)} frames lie far outside the histogram's support of "
-            f"±{half * bin_width:.3g} eV/atom around the prediction ({names} eV/atom); check their labels, "
-            f"or leave model.bin_width to be measured (null)"
+            f"±{half * bin_width:.3g} eV/atom around the prediction ({names} eV/atom); check their "
+            f"labels, or leave model.bin_width to be measured (null)"
         )
     head.set_bin_width(bin_width)

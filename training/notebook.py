@@ -36,7 +36,7 @@ SHOWN = {
 
 
 class Notebook(L.Callback):
-    """One aligned line per epoch on the terminal and one row in metrics.csv, with the same numbers."""
+    """One aligned line per epoch on the terminal, the same numbers as a row in metrics.csv."""
 
     def __init__(self, path: Path, every: int) -> None:
         self.path = path

@@ -30,21 +30,23 @@ from .notebook import Notebook
 
 # as many atoms as set the scales of the features; more change nothing
 SCALE_ATOMS = 4000
+
+
 def train(config_path: str | Path, resume: bool = False) -> Path:
     """Train, calibrate and save one potential.
 
     Args:
         config_path: YAML file, see TrainConfig.
-        resume: continue the run in `output_dir` after its last finished epoch; the result is the same as
-            that of a run that was never interrupted.
+        resume: continue the run in `output_dir` after its last finished epoch; the result is the
+            same as that of a run that was never interrupted.
 
     Returns:
-        The checkpoint `output_dir/model.ckpt`, ready for export. Beside it: config.yaml, metrics.csv, checkpoints/,
-        tensorboard/.
+        The checkpoint `output_dir/model.ckpt`, ready for export. Beside it: config.yaml,
+        metrics.csv, checkpoints/, tensorboard/.
 
     Raises:
-        ValueError: bad configuration or data; a run is in `output_dir` already and `resume` is off, or it was
-            made with another model.
+        ValueError: bad configuration or data; a run is in `output_dir` already and `resume` is off,
+            or it was made with another model.
     """
     config = load_config(config_path)
     out = config.output_dir
@@ -81,8 +83,8 @@ def train(config_path: str | Path, resume: bool = False) -> Path:
         potential = module.potential.cpu().eval()
         summary = calibrate(potential, graphs["train"], graphs["valid"])
         print(
-            f"force error of validation frames {1e3 * summary['force_rmse']:.1f} meV/Å; predicted/true size "
-            f"{summary['size_ratio']:.2f} (cross-validated)"
+            f"force error of validation frames {1e3 * summary['force_rmse']:.1f} meV/Å; "
+            f"predicted/true size {summary['size_ratio']:.2f} (cross-validated)"
         )
         save_checkpoint(checkpoint, potential, config, splits, summary, time.time() - start)
         print(f"saved {checkpoint}", flush=True)
@@ -93,13 +95,14 @@ def train(config_path: str | Path, resume: bool = False) -> Path:
 def baseline_energies(splits: fr.Splits) -> dict[str, float]:
     """Energy per element that the network starts from: the references plus the mean binding energy.
 
-    The rest after the reference energies is fitted per element by least squares (minimum norm), so that the
-    network's own energies scatter around zero.
+    The rest after the reference energies is fitted per element by least squares (minimum norm), so
+    that the network's own energies scatter around zero.
     """
     references = splits.reference_energies
     rest = [
         dataclasses.replace(
-            frame, energy=frame.energy - sum(references[e] * n for e, n in _count(frame, splits.elements))
+            frame,
+            energy=frame.energy - sum(references[e] * n for e, n in _count(frame, splits.elements)),
         )
         for frame in splits.train
     ]
@@ -139,11 +142,13 @@ def _graphs(
 ) -> fr.GraphDataset:
     model = config.model
     frames = splits.train if name == "train" else splits.valid
-    return fr.GraphDataset(frames, splits.elements, baseline, model.cutoff, model.layers, model.dtype)
+    return fr.GraphDataset(
+        frames, splits.elements, baseline, model.cutoff, model.layers, model.dtype
+    )
 
 
 def _loader(dataset: fr.GraphDataset, config: TrainConfig, shuffle: bool) -> DataLoader[Any]:
-    # the order depends on seed and epoch only, so a resumed run sees what an uninterrupted one would
+    # the order depends on seed and epoch only, so a resumed run sees what it would have seen
     sampler = DistributedSampler(
         dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=config.seed, drop_last=False
     )
@@ -197,7 +202,8 @@ def _check_output(config: TrainConfig, last: Path, resume: bool) -> None:
     if not resume:
         if last.is_file():
             raise ValueError(
-                f"{out} holds a run already; continue it with --resume, remove it, or set another output_dir"
+                f"{out} holds a run already; continue it with --resume, remove it, or set "
+                f"another output_dir"
             )
         return
     saved = out / "config.yaml"
@@ -206,9 +212,9 @@ def _check_output(config: TrainConfig, last: Path, resume: bool) -> None:
         for part in ("model", "loss", "training", "data", "seed"):
             if getattr(before, part) != getattr(config, part):
                 raise ValueError(
-                    f"cannot resume: the run in {out} was made with another '{part}' than {config.name}'s "
-                    f"configuration now has ({_difference(before, config, part)}); restore it or set "
-                    f"another output_dir"
+                    f"cannot resume: the run in {out} was made with another '{part}' than "
+                    f"{config.name}'s configuration now has ({_difference(before, config, part)}); "
+                    f"restore it or set another output_dir"
                 )
 
 

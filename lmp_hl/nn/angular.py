@@ -1,8 +1,9 @@
 """Angular functions: real spherical harmonics and products of them with e3nn's coefficients.
 
-Tensors of degree l = 0..l_max are stored component first, ((l_max + 1)^2, num_atoms, channels), the 2l + 1
-components of degree l at rows l^2 .. (l + 1)^2 - 1, in e3nn's real basis (l = 1 is x, y, z). Only true
-tensors occur: a product l1 x l2 -> l3 is kept when l1 + l2 + l3 is even, so parity is (-1)^l throughout.
+Tensors of degree l = 0..l_max are stored component first, ((l_max + 1)^2, num_atoms, channels), the
+2l + 1 components of degree l at rows l^2 .. (l + 1)^2 - 1, in e3nn's real basis (l = 1 is x, y, z).
+Only true tensors occur: a product l1 x l2 -> l3 is kept when l1 + l2 + l3 is even, so parity is
+(-1)^l throughout.
 """
 
 import math
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 class RaiseDegree(nn.Module):
     """Y_l from Y_{l-1} and the unit vector: their product's part of degree l, scaled to 2l + 1."""
+
+    coefficients: Tensor
 
     def __init__(self, degree: int, previous: Tensor, direction: Tensor) -> None:
         super().__init__()
@@ -34,7 +37,9 @@ class SphericalHarmonics(nn.Module):
     def __init__(self, l_max: int) -> None:
         super().__init__()
         self.higher = nn.ModuleList()
-        direction = torch.tensor([0.0, 0.6, 0.8], dtype=torch.float64)  # any unit vector gives the norm
+        direction = torch.tensor(
+            [0.0, 0.6, 0.8], dtype=torch.float64
+        )  # any unit vector gives the norm
         previous = math.sqrt(3.0) * direction
         for degree in range(2, l_max + 1):
             self.higher.append(RaiseDegree(degree, previous, direction))
@@ -53,9 +58,13 @@ class SphericalHarmonics(nn.Module):
 class SymmetricSquare(nn.Module):
     """All even products A_l1 x A_l2 -> B_l3 (l1 <= l2) of a tensor with itself, channel by channel.
 
-    One gather of the needed component pairs and one matrix product with the coefficients; `paths[l3]`
-    says how many copies of degree l3 come out.
+    One gather of the needed component pairs and one matrix product with the coefficients;
+    `paths[l3]` says how many copies of degree l3 come out.
     """
+
+    first: Tensor
+    second: Tensor
+    coefficients: Tensor
 
     def __init__(self, l_max: int) -> None:
         super().__init__()
@@ -87,7 +96,7 @@ class SymmetricSquare(nn.Module):
         self.register_buffer("coefficients", matrix)
 
     def forward(self, tensors: Tensor) -> list[Tensor]:
-        """((l_max + 1)^2, num_atoms, channels) -> per degree (paths, 2l + 1, num_atoms, channels)."""
+        """((l_max + 1)^2, n, channels) -> per degree l (num_paths, 2l + 1, n, channels)."""
         pairs = tensors.index_select(0, self.first) * tensors.index_select(0, self.second)
         n, c = tensors.shape[1], tensors.shape[2]
         num_rows = self.coefficients.shape[0]
@@ -102,7 +111,7 @@ class SymmetricSquare(nn.Module):
 
 
 class DegreeLinear(nn.Module):
-    """A linear map of channels, one matrix per degree: equivariant because it never mixes components."""
+    """A linear map of channels, one matrix per degree; components never mix, hence equivariant."""
 
     def __init__(self, l_max: int, num_in: int, num_out: int) -> None:
         super().__init__()

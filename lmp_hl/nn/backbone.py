@@ -1,10 +1,10 @@
 """The equivariant backbone: neighbours -> density -> many-body products -> features per atom.
 
-Layer 1 expands the neighbours of an atom in radial functions and spherical harmonics, separately per
-element (the density of the atomic cluster expansion); later layers expand what the neighbours carry
-(message passing). In each layer the density A is squared (A x A -> B), A and B are mixed into tensors T,
-and the invariants A_0, B_0, A.T and T.T, up to five-body, feed a small network. Any other backbone that
-returns `Features` fits the same heads.
+Layer 1 expands the neighbours of an atom in radial functions and spherical harmonics, separately
+per element (the density of the atomic cluster expansion); later layers expand what the neighbours
+carry (message passing). In each layer the density A is squared (A x A -> B), A and B are mixed into
+tensors T, and the invariants A_0, B_0, A.T and T.T, up to five-body, feed a small network. Any
+other backbone that returns `Features` fits the same heads.
 """
 
 import math
@@ -31,9 +31,12 @@ class Features(NamedTuple):
 class Standardize(nn.Module):
     """x -> (x - mean) / std per feature, with statistics of the training data.
 
-    Invariants of two- to five-body order differ by orders of magnitude; without this the first epochs go
-    into finding scales.
+    Invariants of two- to five-body order differ by orders of magnitude; without this the first
+    epochs go into finding scales.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -52,6 +55,8 @@ class Standardize(nn.Module):
 
 class DegreeScale(nn.Module):
     """Divides tensors by their root mean square per degree and channel in the training data."""
+
+    rms: Tensor
 
     def __init__(self, l_max: int, size: int) -> None:
         super().__init__()
@@ -79,8 +84,8 @@ def _nonzero(scale: Tensor) -> Tensor:
 class ElementDensity(nn.Module):
     """Layer 1: A_i,lm = sum_j R_l(r_ij; elements of i and j) Y_lm.
 
-    Neighbours are summed per element and radial function first, so the learned radial functions cost
-    one small matrix product per atom, not per edge.
+    Neighbours are summed per element and radial function first, so the learned radial functions
+    cost one small matrix product per atom, not per edge.
     """
 
     def __init__(self, l_max: int, channels: int, num_radial: int, num_elements: int) -> None:
@@ -109,7 +114,12 @@ class ElementDensity(nn.Module):
 
 
 class MessageDensity(nn.Module):
-    """Later layers: A_i,lm = sum_j R_l Y_lm s_j + R'_l T_j,lm + [l = 0] sum_l' R''_l' Y_l'.T_j,l'."""
+    """Later layers: what the neighbours carry, expanded.
+
+    A_i,lm = sum_j R_l Y_lm s_j + R'_l T_j,lm + [l = 0] sum_l' R''_l' Y_l'.T_j,l'
+    """
+
+    degree_of: Tensor
 
     def __init__(self, l_max: int, channels: int, num_radial: int, num_scalars: int) -> None:
         super().__init__()
@@ -125,7 +135,12 @@ class MessageDensity(nn.Module):
         self.register_buffer("degree_of", torch.tensor(degrees))
 
     def forward(
-        self, num_centers: int, features: Features, edge_index: Tensor, radial: Tensor, angular: Tensor
+        self,
+        num_centers: int,
+        features: Features,
+        edge_index: Tensor,
+        radial: Tensor,
+        angular: Tensor,
     ) -> Tensor:
         """Features of centres and neighbours -> density ((l_max + 1)^2, num_centers, channels)."""
         shape = (radial.shape[0], 3, self.l_max + 1, self.channels)
@@ -138,7 +153,9 @@ class MessageDensity(nn.Module):
         inner = weights[:, 2].index_select(1, self.degree_of) * y * t_j
         message = torch.cat([message[:, :1] + inner.sum(1, keepdim=True), message[:, 1:]], dim=1)
         raw = torch.zeros(
-            (num_centers, message.shape[1] * self.channels), dtype=radial.dtype, device=radial.device
+            (num_centers, message.shape[1] * self.channels),
+            dtype=radial.dtype,
+            device=radial.device,
         ).index_add(0, edge_index[0], message.flatten(1))
         raw = raw.reshape(num_centers, message.shape[1], self.channels).transpose(0, 1)
         return self.mix(self.scale(raw)) + self.keep(features.tensors[:, :num_centers])

@@ -7,11 +7,14 @@ from torch import Tensor, nn
 
 
 class RadialBasis(nn.Module):
-    """b_n(r) = sqrt(2/r_c) sin(n pi r / r_c) / r * u(r / r_c), u a polynomial with u = u' = u'' = 0 at 1.
+    """b_n(r) = sqrt(2/r_c) sin(n pi r / r_c) / r * u(r / r_c), with u = u' = u'' = 0 at 1.
 
-    Bessel functions and envelope (p = 6) as in Gasteiger, Gross & Guennemann, ICLR 2020. Learned radial functions are
-    linear combinations of these, taken after the sum over neighbours where that is cheaper.
+    Bessel functions and polynomial envelope u (p = 6) as in Gasteiger, Gross & Guennemann, ICLR
+    2020. Learned radial functions are linear combinations of these, taken after the sum over
+    neighbours where that is cheaper.
     """
+
+    frequencies: Tensor
 
     def __init__(self, cutoff: float, num_radial: int) -> None:
         super().__init__()
@@ -19,7 +22,7 @@ class RadialBasis(nn.Module):
         self.register_buffer("frequencies", math.pi * torch.arange(1, num_radial + 1) / cutoff)
 
     def forward(self, lengths: Tensor) -> Tensor:
-        """(num_edges,) lengths in Å -> (num_edges, num_radial), zero with two derivatives at r_c."""
+        """(num_edges,) in Å -> (num_edges, num_radial), zero with two derivatives at r_c."""
         x = lengths / self.cutoff
         p = 6.0
         envelope = (
