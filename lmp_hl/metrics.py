@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
-from sklearn.metrics import roc_auc_score
 
 Array = NDArray[np.float64]
 
@@ -164,9 +163,11 @@ def auroc(
     low, high = _samples("seen", seen), _samples("held_out", held_out)
     if not low.size or not high.size:
         raise ValueError(f"auroc needs frames in both sets, got {low.size} and {high.size}")
-    weights = np.concatenate([_weights(seen_weights, low), _weights(held_out_weights, high)])
-    label = np.concatenate([np.zeros(low.size), np.ones(high.size)])
-    return float(roc_auc_score(label, np.concatenate([low, high]), sample_weight=weights))
+    codes = np.unique(np.concatenate([low, high]), return_inverse=True)[1]
+    num = int(codes.max()) + 1
+    below = np.bincount(codes[: low.size], _weights(seen_weights, low), num)
+    here = np.bincount(codes[low.size :], _weights(held_out_weights, high), num)
+    return float(here @ (np.cumsum(below) - below / 2) / (below.sum() * here.sum()))
 
 
 # calibration ------------------------------------------------------------------------------------

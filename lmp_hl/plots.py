@@ -85,6 +85,9 @@ STYLE: Any = {
     "axes.formatter.limits": (-3, 4),
 }
 
+# positive quantities that span more than this ratio get a logarithmic axis
+LOG_RATIO = 15.0
+
 FIELD_LABELS = {
     "entropy": "entropy",
     "excess_entropy": "excess entropy",
@@ -93,7 +96,15 @@ FIELD_LABELS = {
     "distance": "feature distance",
     "energy": "energy",
 }
-UNIT_LABELS = {"eV/Angstrom": "eV/Å", "1": "", "Angstrom": "Å"}
+# units as model files, H5MD files and LAMMPS spell them
+UNIT_LABELS = {
+    "1": "",
+    "Angstrom": "Å",
+    "eV/Angstrom": "eV/Å",
+    "eV Angstrom-1": "eV/Å",
+    "kcal mol-1": "kcal/mol",
+    "kcal mol-1 Angstrom-1": "kcal/mol/Å",
+}
 
 
 def field_label(name: str, unit: str = "") -> str:
@@ -446,7 +457,8 @@ def distribution_over_time(
 
     Args:
         time: (num_frames,) increasing.
-        edges: (num_bins + 1,) bin edges of the field.
+        edges: (num_bins + 1,) bin edges of the field; the axis is logarithmic when they are (all
+            positive, one ratio).
         counts: (num_frames, num_bins) atoms in each bin.
         quantiles: curves (num_frames,) to draw on top, by name ("median", "largest").
         path: PNG to write.
@@ -455,11 +467,12 @@ def distribution_over_time(
         time_label: axis label of the time.
     """
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    scale = "log" if edges[0] > 0 and np.ptp(np.diff(np.log(edges))) < 1e-6 else "linear"
     if len(time) < 2:
         figure = _figure(5.6, 3.6)
         ax = figure.subplots()
         ax.stairs(counts[0], edges, fill=True, color=SKY, alpha=0.8)
-        ax.set(yscale="log", xlabel=label, ylabel="atoms")
+        ax.set(xscale=scale, yscale="log", xlabel=label, ylabel="atoms")
         for k, (name, values) in enumerate(quantiles.items()):
             ax.axvline(values[0], color=CYCLE[1 + k], label=f"{name} {values[0]:.3g}")
         ax.legend(loc="upper right")
@@ -481,7 +494,8 @@ def distribution_over_time(
             xlabel=time_label,
             ylabel=label,
             xlim=(borders[0], borders[-1]),
-            ylim=(edges[0], edges[-1] + 0.02 * (edges[-1] - edges[0])),
+            yscale=scale,
+            ylim=(edges[0], edges[-1] + 2 * (edges[-1] - edges[-2])),
         )
         legend = ax.legend(
             loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(quantiles), labelcolor=INK
@@ -495,12 +509,14 @@ def distribution_over_time(
             side.stairs(
                 share[row], edges, orientation="horizontal", color=color, lw=1.4, label=name
             )
-        side.set(xscale="log", xlabel="share", title="frames")
-        side.legend(loc="upper right", handlelength=1.0)
+        side.set(xscale="log", xlabel="share in frame")
+        side.legend(
+            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, handlelength=0.8,
+            handletextpad=0.4, columnspacing=0.8,
+        )  # fmt: skip
     words = label.split(" (")[0]
-    figure.suptitle(
-        f"Per-atom {words} over time", x=0.01, ha="left", fontweight="bold", fontsize=10.5
-    )
+    title = f"Per-atom {words} {'over time' if len(time) > 1 else 'in the only frame'}"
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10.5)
     if remark:
         figure.supxlabel(remark, fontsize=8.5, color=MUTED)
     return _save(figure, path)
@@ -525,7 +541,7 @@ def time_series(
         path: PNG to write.
         time_label: axis label of the time.
     """
-    figure = _figure(6.8, 0.5 + 1.9 * len(series))
+    figure = _figure(6.8, 0.5 + 2.1 * len(series))
     axes = figure.subplots(len(series), 1, squeeze=False, sharex=True)[:, 0]
     for ax, (field, curves) in zip(axes, series.items(), strict=True):
         for (name, values), color in zip(curves.items(), (BLUE, ORANGE, RED, GREEN), strict=False):
@@ -533,6 +549,9 @@ def time_series(
         if field in thresholds:
             ax.axhline(thresholds[field], color=MUTED, lw=1, ls=(0, (4, 3)), label="threshold")
         ax.set_ylabel(labels[field])
+        lowest = min(float(np.min(v)) for v in curves.values())
+        if lowest > 0 and max(float(np.max(v)) for v in curves.values()) > LOG_RATIO * lowest:
+            ax.set_yscale("log")
     axes[0].set_title("Uncertainty over time")
     axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=4, borderaxespad=0.2)
     axes[-1].set_xlabel(time_label)
@@ -543,14 +562,14 @@ def time_series(
 @_styled
 def rdf(distance: Array, curves: Mapping[str, Array], path: Path | str) -> Path:
     """Radial distribution functions g(r); distance (num_bins,) in Å, curves (num_bins,) by name."""
-    figure = _figure(5.4, 3.5)
+    figure = _figure(6.4, 3.6)
     ax = figure.subplots()
     for (name, values), color in zip(curves.items(), (BLUE, RED, GREEN, PINK), strict=False):
         ax.plot(distance, values, color=color, label=name)
     ax.axhline(1, color=MUTED, lw=0.8, zorder=1)
     ax.set(xlabel="distance (Å)", ylabel="g(r)", xlim=(0, distance[-1]), ylim=(0, None))
-    ax.set_title("Radial distribution function")
-    ax.legend(loc="upper right")
+    ax.set_title("Radial distribution")
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=len(curves), borderaxespad=0.2)
     return _save(figure, path)
 
 
@@ -575,7 +594,7 @@ def profile(
         axis: name of the axis.
         title: which frames were averaged.
     """
-    figure = _figure(6.8, 1.6 + 1.8 * len(profiles))
+    figure = _figure(6.8, 1.6 + 2.0 * len(profiles))
     axes = figure.subplots(
         len(profiles) + 1,
         1,

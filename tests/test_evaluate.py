@@ -2,6 +2,8 @@
 
 import csv
 import json
+import sys
+import types
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,9 +11,11 @@ import pytest
 import torch
 from ase.build import bulk
 from ase.calculators.lj import LennardJones
+from ase.io import write
 from rich.console import Console
 
-from lmp_hl import evaluate, keys
+import lmp_hl
+from lmp_hl import cli, evaluate, keys
 
 CUTOFF = 5.0
 
@@ -67,7 +71,8 @@ class Labelled:
 
 def crystal(rng, stretch=1.0, rattle=0.1):
     atoms = bulk("Ar", "fcc", a=3.8 * stretch, cubic=True) * (2, 2, 2)
-    atoms.set_cell(atoms.cell[:] + [[0, 0, 0], [0.5, 0, 0], [0, 0.3, 0]], scale_atoms=True)
+    shear = np.array([[0, 0, 0], [0.5, 0, 0], [0, 0.3, 0]])
+    atoms.set_cell(atoms.cell.array + shear, scale_atoms=True)
     atoms.positions += rng.normal(0, rattle, (len(atoms), 3))
     return atoms
 
@@ -225,6 +230,34 @@ def test_figures_are_written(sets, report, tmp_path):
         "parity.png", "error_force_std.png", "error_distance.png", "rankings.png"
     ]  # fmt: skip
     assert all(p.stat().st_size > 10_000 for p in paths)
+
+
+def test_run_reads_files_and_writes_what_was_asked_for(monkeypatch, tmp_path, capsys):
+    model_file = types.ModuleType("lmp_hl.model_file")
+    model_file.load = lambda path: PairModel()
+    monkeypatch.setitem(sys.modules, "lmp_hl.model_file", model_file)
+    monkeypatch.setattr(lmp_hl, "model_file", model_file, raising=False)
+    rng = np.random.default_rng(4)
+    files = {}
+    for name, stretch in (("held_out", 1.1), ("seen", 1.0)):
+        files[name] = str(tmp_path / f"{name}.xyz")
+        for frame in noisy_frames(rng, 3, stretch):
+            frame.atoms.info["REF_energy"] = frame.energy
+            frame.atoms.arrays["REF_forces"] = frame.forces
+            write(files[name], frame.atoms, append=True)
+    words = ["evaluate", "hl.pt", files["held_out"], "--seen", files["seen"]]
+    assert cli.main(words) == 2
+    assert "no energy 'energy'" in capsys.readouterr().err
+    words += ["--energy-key", "REF_energy", "--forces-key", "REF_forces"]
+    outputs = {k: tmp_path / k for k in ("json", "csv", "figures")}
+    words += [w for k, path in outputs.items() for w in (f"--{k}", str(path))]
+    assert cli.main(words) == 0
+    assert "AUROC" in capsys.readouterr().out
+    numbers = json.loads(outputs["json"].read_text())
+    assert numbers["files"] == {"held out": files["held_out"], "seen": files["seen"]}
+    assert numbers["sets"]["seen"]["energy_rmse_meV_per_atom"]["value"] == pytest.approx(2.0)
+    assert len(outputs["csv"].read_text().splitlines()) == 1 + 6 * 32
+    assert len(list(outputs["figures"].iterdir())) == 4
 
 
 def test_no_frames_and_broken_fields_are_refused():

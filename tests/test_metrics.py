@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
 
 from lmp_hl import metrics
 
@@ -70,6 +71,15 @@ def test_auroc_of_separated_mixed_and_swapped_sets():
     assert metrics.auroc([1, 1], [1, 1]) == 0.5
     assert metrics.auroc([0, 2], [1, 3]) == pytest.approx(0.75)
     assert metrics.auroc([0, 2], [1, 3], [0, 1], [1, 1]) == pytest.approx(0.5)
+
+
+def test_auroc_equals_scikit_learn_with_ties_and_weights():
+    rng = np.random.default_rng(6)
+    low, high = rng.integers(0, 20, 60), rng.integers(5, 25, 40)
+    weights = rng.integers(0, 3, 100)
+    label = np.repeat([0, 1], [60, 40])
+    theirs = roc_auc_score(label, np.concatenate([low, high]), sample_weight=weights)
+    assert metrics.auroc(low, high, weights[:60], weights[60:]) == pytest.approx(theirs)
 
 
 def test_calibration_of_known_gaussians():

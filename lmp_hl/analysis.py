@@ -1,0 +1,551 @@
+"""What a trajectory says about how sure the model was: per frame, over time and by region.
+
+Regions are read from up to 20 frames, evenly spaced over the second half of the trajectory. Fields
+keep the units of the trajectory; lengths are in Å (units metal and real).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmp_hl import keys
+from lmp_hl.h5md import Frame, Trajectory, open_trajectory
+
+Array = NDArray[np.float64]
+
+QUANTILES: Final = {"q05": 0.05, "median": 0.5, "q95": 0.95, "q99": 0.99}
+NUM_MOST_UNCERTAIN: Final = 5
+NUM_BINS: Final = 80
+NUM_REGION_FRAMES: Final = 20
+RDF_RANGE: Final = 7.0  # Å
+PROFILE_BIN: Final = 2.0  # Å
+MIN_ATOMS: Final = 3  # fewer say nothing about a region
+UNCERTAIN_SHARE: Final = 0.05
+MAX_PAIR_ATOMS: Final = 200_000  # over all region frames: bounds time and memory of the pair search
+MAX_DRAWN_ATOMS: Final = 40_000
+
+
+def uncertainty_fields(trajectory: Trajectory) -> list[str]:
+    """The per-atom uncertainty columns, entropy first.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = [n for n in keys.FIELD_UNITS if n in trajectory.fields and n != keys.ENERGY]
+    if not found:
+        wanted = ", ".join(n for n in keys.FIELD_UNITS if n != keys.ENERGY)
+        raise ValueError(
+            f"{trajectory.path}: no uncertainty field (wanted one of {wanted}; found "
+            f"{', '.join(trajectory.columns)}); add c_u of 'compute u all hlgauss/atom entropy' to "
+            "the columns of fix hlgauss/h5md"
+        )
+    return found
+
+
+def validation_ranking(trajectory: Trajectory) -> dict[str, float]:
+    """Spearman's rho of each field with the force error on the validation frames, best first.
+
+    From the model card that LAMMPS copied into the file (last run); empty where there is none.
+    """
+    for run in reversed(trajectory.runs):
+        if "model_card" in run:
+            card = json.loads(run["model_card"])
+            ranking = card.get("calibration", {}).get("ranking", {})
+            known = {n: float(v) for n, v in ranking.items() if isinstance(v, int | float)}
+            return dict(sorted(known.items(), key=lambda item: -item[1]))
+    return {}
+
+
+# per frame --------------------------------------------------------------------------------------
+def default_threshold(values: Array) -> float:
+    """Median + 5 robust standard deviations (1.4826 median absolute deviations), unit of `values`.
+
+    In a frame whose larger part is well known this lies above nearly all of that part.
+    """
+    median = float(np.median(values))
+    return median + 5 * 1.4826 * float(np.median(np.abs(values - median)))
+
+
+def histogram_edges(low: float, high: float) -> Array:
+    """(81,) edges from low to high, of one ratio where values are positive and span much."""
+    from lmp_hl.plots import LOG_RATIO
+
+    if low > 0 and high > LOG_RATIO * low:
+        edges = np.geomspace(low, high, NUM_BINS + 1)
+        edges[[0, -1]] = low, high  # rounding must not drop the extreme atoms
+        return edges
+    return np.linspace(low, high if high > low else low + 1e-9 + 1e-6 * abs(low), NUM_BINS + 1)
+
+
+def frame_row(frame: Frame, thresholds: Mapping[str, float]) -> dict[str, Any]:
+    """One line of the table: step, time and for each field what its atoms' values are.
+
+    Args:
+        frame: of a trajectory.
+        thresholds: field -> value, in the field's unit.
+
+    Returns:
+        step, time, num_atoms, then FIELD_mean, _max, _q05, _median, _q95, _q99, _above (fraction of
+        the atoms above the threshold) and _ids (IDs of the most uncertain atoms, worst first).
+    """
+    row: dict[str, Any] = {"step": frame.step, "time": frame.time, "num_atoms": frame.num_atoms}
+    ids = frame.arrays.get("id", np.arange(1, frame.num_atoms + 1))
+    for name, threshold in thresholds.items():
+        values = finite(frame, name)
+        row[f"{name}_mean"] = float(values.mean())
+        row[f"{name}_max"] = float(values.max())
+        levels = np.quantile(values, list(QUANTILES.values()))
+        row |= {f"{name}_{q}": float(v) for q, v in zip(QUANTILES, levels, strict=True)}
+        row[f"{name}_above"] = float((values > threshold).mean())
+        worst = np.argsort(-values, kind="stable")[:NUM_MOST_UNCERTAIN]
+        row[f"{name}_ids"] = ids[worst].tolist()
+    return row
+
+
+def finite(frame: Frame, name: str) -> Array:
+    """A field of a frame as float64 (num_atoms,).
+
+    Raises:
+        ValueError: no atoms, or values that are not finite.
+    """
+    values = np.asarray(frame[name], dtype=np.float64)
+    if values.size == 0:
+        raise ValueError(f"step {frame.step}: the frame has no atoms")
+    if not np.isfinite(values).all():
+        bad = np.count_nonzero(~np.isfinite(values))
+        raise ValueError(f"step {frame.step}: {bad} values of {name} are not finite")
+    return values
+
+
+# regions ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Grouped:
+    """Fields of the atoms in each group, nan where a group has fewer than three."""
+
+    groups: Array  # (num_groups,)
+    count: NDArray[np.int64]  # (num_groups,) atoms, over all frames
+    fields: dict[str, dict[str, Array]]  # field -> "mean", "low" (5 %), "high" (95 %)
+
+
+def group_fields(index: NDArray[np.int64], groups: Array, fields: Mapping[str, Array]) -> Grouped:
+    """Mean and 5 and 95 % quantiles of each field in each group.
+
+    Args:
+        index: (num_atoms,) group of each atom, 0 to num_groups - 1.
+        groups: (num_groups,) what the groups are called.
+        fields: name -> (num_atoms,).
+    """
+    count = np.bincount(index, minlength=len(groups))
+    order = np.argsort(index, kind="stable")
+    parts = np.split(order, np.cumsum(count)[:-1])
+    curves: dict[str, dict[str, Array]] = {}
+    for name, values in fields.items():
+        rows = np.full((3, len(groups)), np.nan)
+        for k, part in enumerate(parts):
+            if len(part) >= MIN_ATOMS:
+                v = values[part]
+                rows[:, k] = v.mean(), *np.quantile(v, [0.05, 0.95])
+        curves[name] = dict(zip(("mean", "low", "high"), rows, strict=True))
+    return Grouped(groups, count, curves)
+
+
+def along_axis(frame: Frame, axis: int) -> tuple[Array, float]:
+    """Heights of the atoms over the cell's face across one cell vector, and that face's area.
+
+    Args:
+        frame: of a trajectory.
+        axis: 0, 1 or 2.
+
+    Returns:
+        (num_atoms,) Å, from the box's origin, wrapped where the cell is periodic; area in Å².
+    """
+    others = frame.cell[[k for k in range(3) if k != axis]]
+    normal = np.cross(*others)
+    area = float(np.linalg.norm(normal))
+    height = abs(float(np.linalg.det(frame.cell))) / area
+    share = np.linalg.solve(frame.cell.T, (frame["position"] - frame.origin).T)[axis]
+    if frame.periodic[axis]:
+        share = share - np.floor(share)
+    return share * height + float(frame.origin[axis]), area
+
+
+def profile(frames: list[Frame], fields: list[str], axis: int) -> tuple[Grouped, Array]:
+    """Fields in slices about 2 Å thick along one axis.
+
+    Args:
+        frames: at least one.
+        fields: names.
+        axis: 0, 1 or 2.
+
+    Returns:
+        the fields by the middle of the slice (Å), and the number density (num_slices,) in 1/Å³.
+    """
+    found = [along_axis(frame, axis) for frame in frames]
+    heights = np.concatenate([h for h, _ in found])
+    low = min(heights.min(), *(float(f.origin[axis]) for f in frames))
+    high = max(heights.max(), *(float(f.origin[axis] + f.cell[axis, axis]) for f in frames))
+    num = max(math.ceil((high - low) / PROFILE_BIN), 1)
+    edges = np.linspace(low, high, num + 1)
+    index = np.clip(np.searchsorted(edges, heights, side="right") - 1, 0, num - 1)
+    values = {n: np.concatenate([finite(f, n) for f in frames]) for n in fields}
+    grouped = group_fields(index, (edges[1:] + edges[:-1]) / 2, values)
+    area = float(np.mean([a for _, a in found]))
+    return grouped, grouped.count / (len(frames) * area * (edges[1] - edges[0]))
+
+
+@dataclass(frozen=True)
+class Neighborhoods:
+    """What the pairs of atoms in some frames say."""
+
+    distance: Array  # (num_bins,) Å, middle of the bins
+    rdf: dict[str, Array]  # name -> (num_bins,)
+    coordination: Grouped
+
+
+def neighborhoods(
+    frames: list[Frame], fields: list[str], uncertain_by: str, reach: float = RDF_RANGE
+) -> Neighborhoods:
+    """Radial distribution around all and around the most uncertain atoms, fields by coordination.
+
+    g(r) = n(r) / (4 pi r² dr N rho) with rho the mean density of the box (in directions without
+    periodicity, of the extent of the atoms): vacuum in the box scales g up. One pair search serves
+    both results, respects mixed boundaries and triclinic cells, and sees all images in small cells.
+
+    Args:
+        frames: at least one.
+        fields: names.
+        uncertain_by: the field whose largest 5 % in each frame are "most uncertain".
+        reach: of g(r), Å.
+    """
+    from lmp_hl.evaluate import coordination
+    from lmp_hl.graph import edge_vectors, neighbor_list, periodic_cell
+
+    edges = np.linspace(0, reach, round(reach / 0.05) + 1)
+    shells = 4 / 3 * np.pi * np.diff(edges**3)
+    names = ("all atoms", f"around the most uncertain {100 * UNCERTAIN_SHARE:g} %")
+    rdf = {name: np.zeros(len(shells)) for name in names}
+    counts = []
+    for frame in frames:
+        positions = np.asarray(frame["position"], dtype=np.float64)
+        box = periodic_cell(frame.cell, frame.periodic)
+        pairs, shifts = neighbor_list(positions, box, frame.periodic, reach)
+        distances = np.linalg.norm(edge_vectors(positions, box, pairs, shifts), axis=1)
+        numbers = np.asarray(frame["species"], dtype=np.int64)
+        counts.append(coordination(numbers, pairs, distances)[1].astype(np.int64))
+        extent = np.maximum(np.ptp(positions, axis=0), 1.0)
+        volume = abs(np.linalg.det(np.where(frame.periodic[:, None], box, np.diag(extent))))
+        values = finite(frame, uncertain_by)
+        worst = values >= np.quantile(values, 1 - UNCERTAIN_SHARE)
+        for name, chosen in zip(names, (np.ones_like(worst), worst), strict=True):
+            histogram = np.histogram(distances[chosen[pairs[0]]], edges)[0]
+            ideal = chosen.sum() * len(positions) / volume * shells
+            rdf[name] += histogram / ideal / len(frames)
+    count = np.concatenate(counts)
+    present = np.unique(count)
+    values_of = {n: np.concatenate([finite(f, n) for f in frames]) for n in fields}
+    grouped = group_fields(np.searchsorted(present, count), present.astype(np.float64), values_of)
+    return Neighborhoods((edges[1:] + edges[:-1]) / 2, rdf, grouped)
+
+
+# the whole --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Analysis:
+    """All results of one trajectory; `as_dict` is what analysis.json holds."""
+
+    path: Path
+    fields: list[str]
+    units: dict[str, str]  # of the fields and of "time"
+    ranking: dict[str, float]
+    thresholds: dict[str, float]
+    rows: list[dict[str, Any]]
+    edges: dict[str, Array]  # field -> (num_bins + 1,)
+    counts: dict[str, NDArray[np.int64]]  # field -> (num_frames, num_bins)
+    last: Frame
+    axis: str
+    region_steps: list[int]
+    profile: Grouped
+    density: Array
+    neighborhoods: Neighborhoods | None  # None where the file has no species
+
+    @property
+    def best(self) -> str:
+        """The field that ranked errors best on the validation frames, else the first."""
+        return next((n for n in self.ranking if n in self.fields), self.fields[0])
+
+    @property
+    def remark(self) -> str:
+        """Which field ranks errors best, for people."""
+        known = [f"{n} {v:.2f}" for n, v in self.ranking.items() if n in self.fields]
+        if not known:
+            return "The trajectory's model card ranks no field: which one to trust is not known."
+        return f"Rank correlation with the force error on validation frames: {', '.join(known)}"
+
+    def column(self, name: str) -> Array:
+        """(num_frames,) of one column of the table."""
+        return np.array([row[name] for row in self.rows], dtype=np.float64)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers; nan where a region has too few atoms."""
+
+        def plain(grouped: Grouped, name: str) -> dict[str, Any]:
+            return {
+                name: grouped.groups.tolist(),
+                "num_atoms": grouped.count.tolist(),
+                **{n: {k: v.tolist() for k, v in c.items()} for n, c in grouped.fields.items()},
+            }
+
+        out: dict[str, Any] = {
+            "trajectory": str(self.path),
+            "num_frames": len(self.rows),
+            "units": self.units,
+            "validation_ranking": self.ranking,
+            "best_field": self.best if self.ranking else None,
+            "thresholds": self.thresholds,
+            "frames": self.rows,
+            "region_steps": self.region_steps,
+            f"profile_{self.axis}": {
+                **plain(self.profile, "position_Angstrom"),
+                "density_per_Angstrom3": self.density.tolist(),
+            },
+        }
+        if self.neighborhoods is not None:
+            out["rdf"] = {
+                "distance_Angstrom": self.neighborhoods.distance.tolist(),
+                **{n: g.tolist() for n, g in self.neighborhoods.rdf.items()},
+            }
+            out["by_coordination"] = plain(self.neighborhoods.coordination, "neighbors")
+        return out
+
+
+def analyze(
+    path: Path | str,
+    axis: str = "z",
+    thresholds: Mapping[str, float] | None = None,
+    progress: bool = False,
+) -> Analysis:
+    """Read a trajectory and compute everything.
+
+    Args:
+        path: an H5MD file of fix hlgauss/h5md.
+        axis: "x", "y" or "z", of the profile.
+        thresholds: field -> value in its unit; see `default_threshold` for the others.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no trajectory, is empty, or holds no uncertainty.
+    """
+    with open_trajectory(path) as trajectory:
+        fields = uncertainty_fields(trajectory)
+        if trajectory.num_frames == 0:
+            raise ValueError(f"{path}: holds no complete frame yet")
+        if "position" not in trajectory.columns:
+            raise ValueError(f"{path}: holds no positions; add x to the fix that writes it")
+        given = dict(thresholds or {})
+        unknown = sorted(set(given) - set(fields))
+        if unknown:
+            raise ValueError(
+                f"{path}: threshold for {', '.join(unknown)}, but it holds {', '.join(fields)}"
+            )
+        num_frames = trajectory.num_frames
+        first = trajectory.frame(0)
+        limits = {n: given.get(n, default_threshold(finite(first, n))) for n in fields}
+
+        def steps(what: str) -> Any:
+            if not progress:
+                return range(num_frames)
+            from rich.console import Console
+            from rich.progress import track
+
+            return track(range(num_frames), what, console=Console(stderr=True), transient=True)
+
+        rows = []
+        lowest = dict.fromkeys(fields, math.inf)
+        for k in steps("reading frames"):
+            frame = trajectory.frame(k)
+            rows.append(frame_row(frame, limits))
+            for n in fields:
+                lowest[n] = min(lowest[n], float(finite(frame, n).min()))
+        edges, counts = {}, {}
+        for n in fields:
+            edges[n] = histogram_edges(lowest[n], max(row[f"{n}_max"] for row in rows))
+            counts[n] = np.zeros((num_frames, NUM_BINS), dtype=np.int64)
+        for k in steps("distributions"):
+            for n in fields:
+                values = trajectory.values(n, k)
+                counts[n][k] = np.histogram(values[np.isfinite(values)], edges[n])[0]
+
+        most = max(1, min(NUM_REGION_FRAMES, MAX_PAIR_ATOMS // max(trajectory.num_atoms, 1)))
+        chosen = np.unique(np.linspace(num_frames - 1, num_frames // 2, most).round().astype(int))
+        frames = [trajectory.frame(int(k)) for k in chosen]
+        ranking = validation_ranking(trajectory)
+        units = {n: trajectory.units[n] for n in (*fields, "time")}
+        has_species = "species" in trajectory.columns
+    slices, density = profile(frames, fields, "xyz".index(axis))
+    best = next((n for n in ranking if n in fields), fields[0])
+    return Analysis(
+        path=Path(path), fields=fields, units=units, ranking=ranking, thresholds=limits, rows=rows,
+        edges=edges, counts=counts, last=frames[-1], axis=axis,
+        region_steps=[f.step for f in frames], profile=slices, density=density,
+        neighborhoods=neighborhoods(frames, fields, best) if has_species else None,
+    )  # fmt: skip
+
+
+# output -----------------------------------------------------------------------------------------
+def write_tables(result: Analysis, folder: Path) -> list[Path]:
+    """analysis.json with everything and frames.csv with the table; returns both."""
+    from lmp_hl.evaluate import write_json
+
+    paths = [folder / "analysis.json", folder / "frames.csv"]
+    write_json(paths[0], result.as_dict())
+    with open(paths[1], "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(result.rows[0]))
+        writer.writeheader()
+        for row in result.rows:
+            lists = {k: " ".join(map(str, v)) for k, v in row.items() if isinstance(v, list)}
+            writer.writerow(row | lists)
+    return paths
+
+
+def write_figures(result: Analysis, folder: Path) -> list[Path]:
+    """One figure per question; returns the files written."""
+    from lmp_hl import plots
+
+    time = result.column("time")
+    label = {n: plots.field_label(n, result.units[n]) for n in result.fields}
+    time_label = f"time ({result.units['time']})" if result.units["time"] else "time"
+    paths = []
+    for n in result.fields:
+        paths.append(
+            plots.distribution_over_time(
+                time, result.edges[n], result.counts[n],
+                {"median": result.column(f"{n}_median"), "95 %": result.column(f"{n}_q95"),
+                 "largest": result.column(f"{n}_max")},
+                folder / f"{n}_over_time.png", label[n], result.remark, time_label,
+            )
+        )  # fmt: skip
+    curves = {"mean": "mean", "95 %": "q95", "largest": "max"}
+    paths.append(
+        plots.time_series(
+            time,
+            {n: {c: result.column(f"{n}_{k}") for c, k in curves.items()} for n in result.fields},
+            label, result.thresholds, folder / "time_series.png", time_label,
+        )
+    )  # fmt: skip
+    steps = result.region_steps
+    title = f"mean of {len(steps)} frames, steps {steps[0]:,} to {steps[-1]:,}"
+    if len(steps) == 1:
+        title = f"step {steps[0]:,}"
+    paths.append(
+        plots.profile(
+            result.profile.groups, result.profile.fields, result.density, label,
+            folder / f"profile_{result.axis}.png", result.axis, title,
+        )
+    )  # fmt: skip
+    if result.neighborhoods is not None:
+        near = result.neighborhoods
+        paths.append(plots.rdf(near.distance, near.rdf, folder / "rdf.png"))
+        known = near.coordination.count >= MIN_ATOMS
+        paths.append(
+            plots.by_coordination(
+                near.coordination.groups[known].astype(np.int64),
+                {n: {k: v[known] for k, v in c.items()}
+                 for n, c in near.coordination.fields.items()},
+                near.coordination.count[known], label, folder / "coordination.png",
+                "within 1.3 times the sum of covalent radii",
+            )
+        )  # fmt: skip
+    frame = result.last
+    for n in dict.fromkeys([result.fields[0], result.best]):
+        values = finite(frame, n)
+        drawn = _drawn(values)
+        clock = f"{frame.time:.4g} {result.units['time']}".strip()
+        parts = [plots.field_label(n).capitalize(), f"step {frame.step:,}", clock]
+        if len(drawn) < len(values):
+            parts.append(f"{len(drawn):,} of {len(values):,} atoms, the most uncertain among them")
+        paths.append(
+            plots.atoms_3d(
+                frame["position"][drawn], values[drawn], folder / f"atoms_{n}.png", frame.cell,
+                frame.origin, label[n], ", ".join(parts), limits=color_limits(values),
+            )
+        )  # fmt: skip
+    return paths
+
+
+def color_limits(values: Array) -> tuple[float, float]:
+    """Median and 99.5 % quantile: ends of a colour map in which a minority stands out."""
+    return float(np.median(values)), float(np.quantile(values, 0.995))
+
+
+def _drawn(values: Array) -> NDArray[np.int64]:
+    """Atoms to draw: all, or of very many the most uncertain half and a random half."""
+    if len(values) <= MAX_DRAWN_ATOMS:
+        return np.arange(len(values))
+    order = np.argsort(-values, kind="stable")
+    half = MAX_DRAWN_ATOMS // 2
+    others = np.random.default_rng(0).choice(order[half:], half, replace=False)
+    return np.sort(np.concatenate([order[:half], others]))
+
+
+def print_summary(result: Analysis, written: list[Path]) -> None:
+    """First and last frame side by side, and where the files are."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from lmp_hl.plots import UNIT_LABELS
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=120)
+    first, last = result.rows[0], result.rows[-1]
+    table = Table(
+        title=f"{result.path.name}: {len(result.rows)} frames, {last['num_atoms']:,} atoms, steps "
+        f"{first['step']:,} to {last['step']:,}",
+        box=box.SIMPLE_HEAD, title_justify="left", title_style="bold",
+    )  # fmt: skip
+    table.add_column("field")
+    for head in ("mean", "95 %", "largest", "threshold", "atoms above", "most uncertain IDs"):
+        table.add_column(head, justify="right")
+    for n in result.fields:
+        mark = "▸ " if n == result.best and result.ranking else "  "
+        pairs = [
+            f"{first[f'{n}_{k}']:.3g} → {last[f'{n}_{k}']:.3g}" for k in ("mean", "q95", "max")
+        ]
+        unit = UNIT_LABELS.get(result.units[n], result.units[n])
+        above = f"{first[f'{n}_above']:.1%} → {last[f'{n}_above']:.1%}"
+        table.add_row(
+            f"{mark}{n} {unit}", *pairs, f"{result.thresholds[n]:.3g}", above,
+            " ".join(map(str, last[f"{n}_ids"][:3])),
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"  {result.remark}" + (" (▸ best)" if result.ranking else ""), style="dim")
+    console.print(f"  wrote {len(written)} files in {written[0].parent}/:")
+    for k in range(0, len(written), 4):
+        console.print(f"    {'  '.join(p.name for p in written[k : k + 4])}")
+
+
+def run(
+    path: Path | str,
+    out: Path | str | None = None,
+    axis: str = "z",
+    thresholds: Mapping[str, float] | None = None,
+    progress: bool = True,
+) -> Analysis:
+    """Analyse, print and write; the verb `lmp-hl analyze`."""
+    path = Path(path)
+    result = analyze(path, axis, thresholds, progress)
+    folder = Path(out) if out is not None else path.with_name(f"{path.stem}-analysis")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = write_tables(result, folder) + write_figures(result, folder)
+    print_summary(result, written)
+    return result

@@ -1,0 +1,192 @@
+"""The command `lmp-hl`: one verb per task; each part is imported when its verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lmp_hl import __version__
+
+# what wrong input raises, here or in a library; anything else is a bug and keeps its traceback
+BAD_INPUT = (ValueError, OSError, ImportError)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from lmp_hl import plots
+    from lmp_hl.training.notebook import COLUMNS, read_metrics
+    from lmp_hl.training.train import train
+
+    folder = train(args.config, resume=args.resume).parent
+    rows = read_metrics(folder / "metrics.csv")
+    columns = {name: [row.get(name, float("nan")) for row in rows] for name in COLUMNS}
+    labels = {
+        n.partition("_")[2]: plots.field_label(n.partition("_")[2], u) for n, u in COLUMNS.items()
+    }
+    print(f"wrote {plots.learning_curves(columns, folder / 'learning_curves.png', labels)}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from lmp_hl.training.checkpoint import export_checkpoint
+
+    export_checkpoint(args.checkpoint, args.model)
+    print(f"wrote {args.model}")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from lmp_hl.model_file import describe
+
+    print(describe(args.model))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from lmp_hl import evaluate
+
+    keys = ("energy_key", "forces_key", "stress_key")
+    evaluate.run(
+        args.model, args.data, args.seen, args.json, args.csv, args.figures,
+        **{k: getattr(args, k) for k in keys if getattr(args, k) is not None},
+    )  # fmt: skip
+    return 0
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    from lmp_hl import analysis
+
+    analysis.run(args.trajectory, args.out, args.axis, dict(args.threshold))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from lmp_hl import doctor
+
+    return int(doctor.main() or 0)
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted FIELD=VALUE, got '{text}'") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lmp-hl",
+        description="Categorical (HL-Gauss) potentials: train, export, evaluate, analyse.",
+        epilog="lmp-hl VERB --help shows an example of each verb.",
+    )
+    parser.add_argument("--version", action="version", version=f"lmp-hl {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(
+        name: str, action: Callable[[argparse.Namespace], int], about: str, example: str
+    ) -> Any:
+        made = verbs.add_parser(
+            name,
+            help=about,
+            description=about[0].upper() + about[1:] + ".",
+            epilog=f"example: {example}",
+        )
+        made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        made.set_defaults(action=action)
+        return made
+
+    p = verb(
+        "train", _train, "train a potential from one YAML file",
+        "lmp-hl train silicon.yaml   (then: lmp-hl export runs/silicon/model.ckpt hl.pt)",
+    )  # fmt: skip
+    p.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    p.add_argument("--resume", action="store_true", help="continue an interrupted run exactly")
+
+    p = verb(
+        "export", _export, "write a trained checkpoint as a model file for LAMMPS and Python",
+        "lmp-hl export runs/silicon/model.ckpt hl.pt",
+    )  # fmt: skip
+    p.add_argument("checkpoint", type=Path, metavar="CKPT")
+    p.add_argument("model", type=Path, metavar="hl.pt")
+
+    p = verb("info", _info, "print the card of a model file", "lmp-hl info hl.pt")
+    p.add_argument("model", type=Path, metavar="hl.pt")
+
+    p = verb(
+        "evaluate", _evaluate,
+        "errors on labelled frames, and what each uncertainty is worth beside trivial controls",
+        "lmp-hl evaluate hl.pt held_out.xyz --seen test.xyz --json e.json --figures figures/",
+    )  # fmt: skip
+    p.add_argument("model", type=Path, metavar="hl.pt")
+    p.add_argument("data", type=Path, metavar="DATA.xyz", help="frames with energy and forces")
+    p.add_argument(
+        "--seen", type=Path, metavar="OTHER.xyz",
+        help="frames like the training frames: adds how well held-out DATA is told from them",
+    )  # fmt: skip
+    p.add_argument("--json", type=Path, metavar="F", help="write all numbers")
+    p.add_argument("--csv", type=Path, metavar="F", help="write one line per atom")
+    p.add_argument("--figures", type=Path, metavar="DIR", help="write figures")
+    for label in ("energy", "forces", "stress"):
+        p.add_argument(f"--{label}-key", metavar="KEY", help=f"label in the file (default {label})")
+
+    p = verb(
+        "analyze", _analyze, "tables and figures of the uncertainty in a trajectory",
+        "lmp-hl analyze traj.h5md --out figures/ --threshold force_std=0.3",
+    )  # fmt: skip
+    p.add_argument("trajectory", type=Path, metavar="traj.h5md")
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: traj-analysis beside the file")
+    p.add_argument("--axis", choices="xyz", default="z", help="of the profile (default z)")
+    p.add_argument(
+        "--threshold", type=_threshold, action="append", default=[], metavar="FIELD=VALUE",
+        help="count atoms above it (default: median + 5 robust standard deviations of frame 0)",
+    )  # fmt: skip
+
+    verb("doctor", _doctor, "find out what is wrong with this installation", "lmp-hl doctor")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: words after the command's name; those of the process by default.
+
+    Returns:
+        0; 2 after one line on stderr when the input is wrong; 130 when interrupted.
+    """
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        return int(args.action(args))
+    except BrokenPipeError:
+        # the reader of our output (head, less) has gone; do not complain again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        hint = "; continue with --resume" if args.verb == "train" else ""
+        print(f"lmp-hl {args.verb}: interrupted{hint}", file=sys.stderr)
+        return 130
+    except BAD_INPUT as error:
+        if args.debug:
+            raise
+        print(f"lmp-hl {args.verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
