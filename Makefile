@@ -27,18 +27,18 @@ setup: $(VENV)/.plugin
 # the environment, so the build is not isolated from it.
 $(VENV)/.plugin: $(VENV)/.packages $(PLUGIN_SOURCES)
 	@echo "setup: building the LAMMPS plugin"
-	$(PIP) --no-deps --no-build-isolation -e .
+	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 # torch first: the others would bring another build of it
 $(VENV)/.packages: constraints.txt pyproject.toml | system
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "setup: installing torch"
-	$(PIP) torch
+	@$(PIP) torch
 	@echo "setup: installing LAMMPS and the build tools"
-	$(PIP) lammps mpich scikit-build-core cmake ninja
+	@$(PIP) lammps mpich scikit-build-core cmake ninja
 	@echo "setup: installing everything else and building the LAMMPS plugin"
-	$(PIP) --no-build-isolation -e '.[dev]'
+	@$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@ $(VENV)/.plugin
 
 # what pip cannot bring: a compiler, HDF5 for C, and on Debian the venv module

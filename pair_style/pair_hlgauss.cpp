@@ -435,7 +435,7 @@ void PairHLGauss::build_graph()
   node_of_atom.assign(num_atoms, -1);
 
   // images of one atom have the same surroundings, hence the same features: with messages to pass
-  // one node stands for all of them, the owned atom if this rank has it, else the first reached
+  // an owned atom is the node of its own ghosts too; ghosts of other ranks are nodes of their own
   image_of.clear();
   if (num_layers > 1) {
     image_of.resize(num_atoms);

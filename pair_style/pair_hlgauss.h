@@ -71,7 +71,7 @@ private:
   std::vector<int> node_of_atom;    // -1: not in the graph
   std::vector<int> atom_of_node;
   std::vector<int> edge_neighbor_atoms;    // local index of each edge's neighbour
-  std::vector<int> image_of;               // one local atom for all periodic images of an atom
+  std::vector<int> image_of;    // owned atom of which a local atom is an image, else itself
 
   std::vector<int> field_flags;                     // triggers of fix pair, one per field
   std::vector<std::vector<double>> field_values;    // (nmax) per field, LAMMPS units

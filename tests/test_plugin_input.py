@@ -201,9 +201,11 @@ def test_error_on_two_ranks_ends_the_run(folder: Path) -> None:
 COLUMNS = "id fx fy fz c_e"
 WRITE = """
 compute e all pe/atom
+compute p all pressure NULL pair
+thermo_style custom step pe c_p[1] c_p[2] c_p[3] c_p[4] c_p[5] c_p[6]
 run 0
 write_dump all custom {name}.dump id fx fy fz c_e {more} modify format float %.17g
-print "$(pe:%.17g)" file {name}.pe
+print "$(pe:%.17g) $(c_p[1]:%.17g) $(c_p[2]:%.17g) $(c_p[6]:%.17g)" file {name}.thermo
 """
 ZBL = "pair_coeff * * zbl 14.0 14.0"
 
@@ -260,10 +262,14 @@ def expected() -> dict[str, np.ndarray]:
     return reference(crystal(1), 1)
 
 
-def test_overlay_adds_forces_and_energies(uses: dict[str, np.ndarray]) -> None:
+def test_overlay_adds_energies_forces_and_pressures(
+    uses: dict[str, np.ndarray], folder: Path
+) -> None:
     total = uses["plain"][:, 1:5] + uses["zbl"][:, 1:5]
     np.testing.assert_allclose(uses["overlay"][:, 1:5], total, atol=1e-10)
     assert np.abs(uses["zbl"][:, 1:5]).max() > 0.1
+    thermo = {n: np.loadtxt(folder / f"{n}.thermo") for n in ("plain", "zbl", "overlay")}
+    np.testing.assert_allclose(thermo["overlay"], thermo["plain"] + thermo["zbl"], rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["both", "both_reversed"])
