@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lmp_hl.graph import DTYPES
 from lmp_hl.nn.heads import HistogramEnergy
 from lmp_hl.potential import Potential
 
@@ -23,19 +24,24 @@ SHAPE_RATE = 0.1
 
 def build_potential(config: ModelConfig, num_elements: int) -> Potential:
     """A new potential with random weights, in the configuration's dtype."""
-    potential = Potential(
-        num_elements=num_elements,
-        cutoff=config.cutoff,
-        num_layers=config.layers,
-        head=config.head,
-        channels=config.channels,
-        l_max=config.l_max,
-        num_radial=config.num_radial,
-        num_scalars=config.hidden,
-        num_bins=config.num_bins,
-        sigma=config.sigma,
-    )
-    return potential.double() if config.dtype == "float64" else potential
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[config.dtype])  # so that constants have all digits of float64
+    try:
+        potential = Potential(
+            num_elements=num_elements,
+            cutoff=config.cutoff,
+            num_layers=config.layers,
+            head=config.head,
+            channels=config.channels,
+            l_max=config.l_max,
+            num_radial=config.num_radial,
+            num_scalars=config.hidden,
+            num_bins=config.num_bins,
+            sigma=config.sigma,
+        )
+    finally:
+        torch.set_default_dtype(default)
+    return potential.to(DTYPES[config.dtype])
 
 
 class PotentialModule(L.LightningModule):

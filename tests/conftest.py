@@ -1,0 +1,160 @@
+"""Shared fixtures: small potentials with random weights and fitted scales, structures, an hl.pt."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+from ase.data import atomic_numbers, covalent_radii
+
+from lmp_hl.export import export_potential
+from lmp_hl.graph import graph_inputs
+from lmp_hl.nn.backbone import fit_scales
+from lmp_hl.nn.heads import HistogramEnergy
+from lmp_hl.training import frames as fr
+from lmp_hl.training.config import ModelConfig
+from lmp_hl.training.module import build_potential
+
+ELEMENTS = ("Si", "O", "Cu")
+CUTOFF = 4.0
+
+# one thread: sums come out the same on every machine, and two test processes share two cores
+torch.set_num_threads(1)
+
+
+def make_structure(elements, num_atoms=9, pbc=True, seed=0):
+    """Atoms on a jittered grid of about bond length in a triclinic box, every element in turn."""
+    rng = np.random.default_rng(seed)
+    radius = max(covalent_radii[atomic_numbers[e]] for e in elements)
+    side = int(np.ceil(num_atoms ** (1 / 3)))
+    spacing = 2.3 * radius
+    grid = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    points = grid[rng.permutation(len(grid))[:num_atoms]] + 0.25 * rng.uniform(-1, 1, (num_atoms, 3))
+    strain = np.eye(3) + 0.08 * rng.uniform(-1, 1, (3, 3))
+    symbols = [elements[i % len(elements)] for i in range(num_atoms)]
+    cell = spacing * side * strain
+    return Atoms(symbols, positions=spacing * points @ strain, cell=cell, pbc=pbc)
+
+
+def randomize(potential, structures, elements, seed):
+    """Random values for what starts at zero or one, so that no test passes because of a zero."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(tensor, size):
+        values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        return (size * values).to(tensor.dtype)
+
+    dtype = str(next(potential.parameters()).dtype).removeprefix("torch.")
+    cutoff = potential.backbone.radial.cutoff
+    layers = 1 + len(potential.backbone.message_layers)
+    inputs = []
+    for structure in structures:
+        graph = graph_inputs(structure, elements, cutoff, layers, dtype)
+        inputs.append({**graph, fr.NUM_ATOMS: torch.tensor([len(structure)])})
+    batch = fr.collate_graphs(inputs)
+    fit_scales(potential.backbone, batch)
+    head, distance, force = (
+        potential.energy_head,
+        potential.distance,
+        potential.force_distribution,
+    )
+    with torch.no_grad():
+        head.scale.fill_(0.2)
+        head.anchor.element_bias.weight.copy_(noise(head.anchor.element_bias.weight, 0.5))
+        if isinstance(head, HistogramEnergy):
+            head.set_bin_width(0.02)
+            head.log_tau.weight.copy_(noise(head.log_tau.weight, 0.1))
+            head.log_tau.bias.fill_(1.0)
+            head.delta.weight.copy_(noise(head.delta.weight, 0.3))
+            head.delta.bias.copy_(noise(head.delta.bias, 0.3))
+        force.location.weight.copy_(noise(force.location.weight, 0.2))
+        force.delta.copy_(noise(force.delta, 0.5))
+        force.shape_weight.copy_(noise(force.shape_weight, 1.0))
+        force.set_bin_width(0.05)
+        potential.reference_energies.copy_(noise(potential.reference_energies, 3.0))
+        features = potential.backbone(batch)
+        x = distance.describe(features)
+        distance.mean.copy_(x.mean(0) + noise(distance.mean, 0.1))
+        distance.whiten.add_(noise(distance.whiten, 0.2))
+        distance.median.copy_(distance(features, batch["species"]).median())
+
+
+@functools.cache
+def make_potential(
+    preset="local",
+    head="hlgauss",
+    num_elements=1,
+    l_max=2,
+    dtype="float64",
+    num_layers=None,
+    seed=0,
+):
+    """A small potential for the first `num_elements` of ELEMENTS; shared, so do not change it."""
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        preset=preset,
+        head=head,
+        cutoff=CUTOFF,
+        channels=3,
+        l_max=l_max,
+        num_radial=4,
+        hidden=8,
+        num_layers=num_layers,
+        num_bins=32,
+        dtype=dtype,
+    )
+    elements = ELEMENTS[:num_elements]
+    potential = build_potential(config, num_elements)
+    structures = [make_structure(elements, seed=seed + k) for k in (100, 101, 102)]
+    randomize(potential, structures, elements, seed)
+    return potential.requires_grad_(False).eval()
+
+
+def make_card(head="hlgauss"):
+    """What a training run would say about a model; the numbers are made up."""
+    return {
+        "name": "tiny",
+        "config": {"model": {"head": head}, "training": {"epochs": 3}},
+        "versions": {"torch": torch.__version__},
+        "training": {
+            "train_frames": 5,
+            "valid_frames": 2,
+            "train_atoms": 45,
+            "seconds": 1.5,
+            "metrics": {"valid_energy_rmse": 12.345, "valid_forces_rmse": 67.89},
+        },
+        "calibration": {
+            "validation_atoms": 18,
+            "size_ratio": 1.04,
+            "ranking": {"distance": 0.31, "force_std": 0.47},
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def potential_factory():
+    """make_potential: (preset, head, num_elements, l_max, dtype, num_layers, seed) -> Potential."""
+    return make_potential
+
+
+@pytest.fixture(scope="session")
+def structure_factory():
+    """make_structure: (elements, num_atoms, pbc, seed) -> ase.Atoms."""
+    return make_structure
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Path of an exported float64 hl.pt: random weights, strictly local, elements Si and O."""
+    path = tmp_path_factory.mktemp("model") / "hl.pt"
+    return export_potential(make_potential(num_elements=2), ELEMENTS[:2], make_card(), path)
+
+
+@pytest.fixture
+def silicon():
+    """Eight silicon atoms, rattled: a periodic cell not much larger than the cutoff."""
+    atoms = bulk("Si", cubic=True)
+    atoms.rattle(0.1, seed=3)
+    return atoms
