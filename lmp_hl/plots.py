@@ -156,6 +156,11 @@ def _thin(count: int, limit: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(0).choice(count, limit, replace=False))
 
 
+def _opacity(count: int) -> float:
+    """Of scatter points: few are solid, thousands show their density."""
+    return float(np.clip(900 / max(count, 1), 0.18, 0.75))
+
+
 # training ---------------------------------------------------------------------------------------
 @_styled
 def learning_curves(
@@ -326,10 +331,8 @@ def uncertainty_error(
     floor = max(1e-3 * np.median(errors[errors > 0]), 1e-6) if (errors > 0).any() else 1e-6
     visible = np.maximum(errors, floor)
     if calibrated:
-        low = min(np.quantile(field, 0.0005), np.quantile(visible, 0.002)) / 1.3
-        high = max(field.max(), visible.max()) * 1.3
         x_range = (np.quantile(field, 0.0005) / 1.5, field.max() * 1.5)
-        line = np.array([low, high])
+        line = np.array(x_range)
     else:
         pad = 0.03 * (np.ptp(field) or 1.0)
         x_range = (field.min() - pad, field.max() + pad)
@@ -347,8 +350,8 @@ def uncertainty_error(
         color = SET_COLORS.get(name, GREEN)
         keep = _thin(len(std), 6000)
         axes[0].scatter(
-            std[keep], np.maximum(error, floor)[keep], s=5, color=color, alpha=0.18, lw=0, zorder=2,
-            rasterized=True,
+            std[keep], np.maximum(error, floor)[keep], s=5, color=color, lw=0, zorder=2,
+            alpha=_opacity(len(keep)), rasterized=True,
         )  # fmt: skip
     for name, (std, error) in sets.items():
         color = SET_COLORS.get(name, GREEN)
@@ -373,8 +376,8 @@ def uncertainty_error(
         keep = np.random.default_rng(0).permutation(_thin(len(x), 9000))
         colors = {k: CYCLE[i % len(CYCLE)] for i, k in enumerate(known)}
         axes[1].scatter(
-            x[keep], np.maximum(y, floor)[keep], s=5, alpha=0.35, lw=0, zorder=2, rasterized=True,
-            c=[colors[k] for k in kind[keep]],
+            x[keep], np.maximum(y, floor)[keep], s=5, lw=0, zorder=2, rasterized=True,
+            c=[colors[k] for k in kind[keep]], alpha=_opacity(len(keep)),
         )  # fmt: skip
         for k in known:
             axes[1].scatter(
