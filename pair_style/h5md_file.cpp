@@ -6,6 +6,8 @@
 
 #include "h5md_file.h"
 
+#include "h5md_driver.h"
+
 #include <hdf5.h>
 
 #include <algorithm>
@@ -15,6 +17,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <set>
@@ -498,21 +501,7 @@ private:
     }
   }
 
-  static Handle access()
-  {
-    Handle access(H5Pcreate(H5P_FILE_ACCESS), "file access");
-#if H5_VERSION_GE(1, 10, 7) && !(H5_VERS_MAJOR == 1 && H5_VERS_MINOR == 12 && H5_VERS_RELEASE == 0)
-    // readers must be able to open the file while it is written; our own lock keeps writers apart
-    checked(H5Pset_file_locking(access, 0, 1), "file locking");
-#endif
-    checked(H5Pset_fclose_degree(access, H5F_CLOSE_STRONG), "file access");
-    return access;
-  }
-
-  void flush()
-  {
-    checked(H5Fflush(file_, H5F_SCOPE_GLOBAL), "flushing");
-  }
+  void flush() { checked(H5Fflush(file_, H5F_SCOPE_GLOBAL), "flushing"); }
 
   /// Make the file system promise `bytes` after the end of the file, or fail without a trace.
   void reserve(int64_t bytes, const std::string &purpose)
@@ -566,7 +555,7 @@ private:
     if (descriptor_ < 0) throw Failure("cannot create " + target + ": " + system_reason(errno));
     try {
       lock_for_writing(descriptor_, target);
-      const Handle properties = access();
+      const Handle properties(h5md_driver::file_access(), "file driver");
       file_ = Handle(H5Fcreate(target.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, properties),
                      "creating the file");
       reserve(SETUP_BYTES + SETUP_COLUMN_BYTES * (settings.num_columns + 4) + text_bytes(settings),
@@ -680,7 +669,7 @@ private:
     descriptor_ = Descriptor(::open(path_.c_str(), O_RDWR | O_CLOEXEC));
     if (descriptor_ < 0) throw Failure("cannot append to " + path_ + ": " + system_reason(errno));
     lock_for_writing(descriptor_, path_);
-    const Handle properties = access();
+    const Handle properties(h5md_driver::file_access(), "file driver");
     const hid_t id = H5Fopen(path_.c_str(), H5F_ACC_RDWR, properties);
     if (id < 0)
       throw Failure("cannot append to " + path_ + ": it is no HDF5 file or it is damaged (" +
@@ -701,6 +690,9 @@ private:
       checked(H5Dread(step_.id(), H5T_NATIVE_INT64, H5S_ALL, H5S_ALL, H5P_DEFAULT, steps.data()),
               "reading the steps");
     steps.resize(num_frames_);
+    const auto disorder = std::adjacent_find(steps.begin(), steps.end(), std::greater_equal<>());
+    if (disorder != steps.end()) steps.erase(disorder + 1, steps.end());    // died while cutting
+    num_frames_ = steps.size();
     const auto beyond = std::upper_bound(steps.begin(), steps.end(), settings.start_step);
     const auto keep = static_cast<hsize_t>(beyond - steps.begin());
     if (keep < num_frames_ && !settings.from_restart && settings.start_step <= steps.front())
@@ -718,6 +710,7 @@ private:
     guarded([&] {
       for (auto *series : {&step_, &time_, &edges_, &origin_}) series->cut(keep);
       for (auto &column : columns_) column.cut(keep);
+      flush();
       const Handle runs(H5Gopen2(file_, "/parameters/runs", H5P_DEFAULT), "runs");
       record_run(runs, settings, links_of(runs).list.size());
       flush();
