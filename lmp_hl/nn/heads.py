@@ -123,7 +123,9 @@ class HistogramEnergy(nn.Module):
         # would, by (E - y) / tau^2.
         shift = (anchor - anchor.detach()) / width  # zero, with a gradient
         relative = self.offsets - shift.unsqueeze(1)
-        tau2 = self.kernel_variance() * torch.exp(2.0 * self.log_tau(scalars))
+        # bounded: far from the data a width may not become 0 or infinite
+        log_tau = 3.0 * torch.tanh(self.log_tau(scalars) / 3.0)
+        tau2 = self.kernel_variance() * torch.exp(2.0 * log_tau)
         logits = self.delta(scalars) - relative.pow(2) / (2.0 * tau2)
         energy = self._expected(anchor, scalars, tau2)
         return AtomicEnergy(energy, anchor, logits, tau2.squeeze(1) * width.square())
