@@ -272,7 +272,9 @@ class ForceDistribution(nn.Module):
         trace = force.shape.diagonal(dim1=1, dim2=2).sum(1)
         steps = torch.log(factor * (trace / 3.0).sqrt()) / self.spacing + self.num_extra
         steps = steps.clamp(0.0, 2.0 * self.num_extra - 1.001).unsqueeze(1)
-        index = steps.long() + torch.arange(force.logits.shape[1], device=steps.device)
+        # an atom whose features are not finite gets a nan here, not an index out of bounds
+        index = torch.nan_to_num(steps).long()
+        index = index + torch.arange(force.logits.shape[1], device=steps.device)
         upper = steps - steps.floor()
         q = torch.softmax(force.logits, 1)
         weights = torch.zeros((q.shape[0], self.masses.shape[0]), dtype=q.dtype, device=q.device)
