@@ -8,14 +8,14 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.data import atomic_numbers, covalent_radii
+from lmp_hl.training import frames as fr
+from lmp_hl.training.config import ModelConfig
+from lmp_hl.training.module import build_potential
 
 from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
 from lmp_hl.nn.backbone import fit_scales
-from lmp_hl.nn.heads import HistogramEnergy
-from lmp_hl.training import frames as fr
-from lmp_hl.training.config import ModelConfig
-from lmp_hl.training.module import build_potential
+from lmp_hl.nn.heads import HistogramEnergy, invariants
 
 ELEMENTS = ("Si", "O", "Cu")
 CUTOFF = 4.0
@@ -31,7 +31,9 @@ def make_structure(elements, num_atoms=9, pbc=True, seed=0):
     side = int(np.ceil(num_atoms ** (1 / 3)))
     spacing = 2.3 * radius
     grid = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), -1).reshape(-1, 3)
-    points = grid[rng.permutation(len(grid))[:num_atoms]] + 0.25 * rng.uniform(-1, 1, (num_atoms, 3))
+    points = grid[rng.permutation(len(grid))[:num_atoms]] + 0.25 * rng.uniform(
+        -1, 1, (num_atoms, 3)
+    )
     strain = np.eye(3) + 0.08 * rng.uniform(-1, 1, (3, 3))
     symbols = [elements[i % len(elements)] for i in range(num_atoms)]
     cell = spacing * side * strain
@@ -75,7 +77,7 @@ def randomize(potential, structures, elements, seed):
         force.set_bin_width(0.05)
         potential.reference_energies.copy_(noise(potential.reference_energies, 3.0))
         features = potential.backbone(batch)
-        x = distance.describe(features)
+        x = invariants(features)
         distance.mean.copy_(x.mean(0) + noise(distance.mean, 0.1))
         distance.whiten.add_(noise(distance.whiten, 0.2))
         distance.median.copy_(distance(features, batch["species"]).median())
@@ -107,7 +109,7 @@ def make_potential(
     )
     elements = ELEMENTS[:num_elements]
     potential = build_potential(config, num_elements)
-    structures = [make_structure(elements, seed=seed + k) for k in (100, 101, 102)]
+    structures = [make_structure(elements, n, seed=seed + n) for n in (9, 20, 27)]
     randomize(potential, structures, elements, seed)
     return potential.requires_grad_(False).eval()
 

@@ -47,7 +47,8 @@ def test_discretisation_bias_in_the_middle_of_the_support(sigma, smallest, large
 
 
 @pytest.mark.parametrize(
-    ("inside_in_sigma", "expected", "tolerance"), [(0, -0.69, 0.01), (2, -0.047, 0.003), (4, -1e-4, 5e-5)]
+    ("inside_in_sigma", "expected", "tolerance"),
+    [(0, -0.69, 0.01), (2, -0.047, 0.003), (4, -1e-4, 5e-5)],
 )
 def test_truncation_bias_near_the_end_of_the_support(inside_in_sigma, expected, tolerance):
     target = float(EDGES[-1]) - 0.75 * inside_in_sigma
@@ -61,7 +62,14 @@ def test_truncation_bias_near_the_end_of_the_support(inside_in_sigma, expected, 
 def test_targets_outside_the_support_are_counted_and_have_the_nearest_ends_distribution():
     end = float(EDGES[-1])
     targets = torch.tensor([-1e6, -end - 0.01, -end, 0.3, end, end + 5.0], dtype=torch.float64)
-    assert histogram.outside_support(targets, EDGES).tolist() == [True, True, False, False, False, True]
+    assert histogram.outside_support(targets, EDGES).tolist() == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
     probs = encode(targets, 0.75)
     assert torch.equal(probs[0], probs[2]) and torch.equal(probs[1], probs[2])
     assert torch.equal(probs[5], probs[4])
@@ -130,7 +138,9 @@ def test_raw_entropy_follows_the_bin_widths_and_differential_entropy_does_not():
     assert raw[0] - raw[1] > 0.9  # the same Gaussian, narrow bins against wide ones
     assert differential == pytest.approx([expected, expected], abs=0.03)
     probs = encode([0.0], sigma)
-    assert float(histogram.differential_entropy(probs, EDGES)[0]) == pytest.approx(expected, abs=2e-3)
+    assert float(histogram.differential_entropy(probs, EDGES)[0]) == pytest.approx(
+        expected, abs=2e-3
+    )
 
 
 def test_expectation_and_variance_are_numpys():
@@ -158,8 +168,13 @@ def test_edges_are_uniform_centred_and_exact():
 
 @pytest.mark.parametrize(
     ("num_bins", "bin_width", "named"),
-    [(1, 0.1, "num_bins"), (8, 0.0, "bin_width"), (8, -1.0, "bin_width")]
-    + [(8, math.nan, "bin_width"), (8, math.inf, "bin_width")],
+    [
+        (1, 0.1, "num_bins"),
+        (8, 0.0, "bin_width"),
+        (8, -1.0, "bin_width"),
+        (8, math.nan, "bin_width"),
+        (8, math.inf, "bin_width"),
+    ],
 )
 def test_bad_bins_are_refused_by_name(num_bins, bin_width, named):
     with pytest.raises(ValueError, match=f"got.*set model.{named}"):

@@ -1,0 +1,443 @@
+"""Laws the potential obeys: symmetry, forces and stress as derivatives, locality, smoothness."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from conftest import CUTOFF, ELEMENTS
+from lmp_hl.training import frames as fr
+from scipy.spatial.transform import Rotation
+from scipy.stats import multivariate_normal
+
+from lmp_hl import histogram, keys
+from lmp_hl.graph import graph_inputs
+from lmp_hl.nn.backbone import Backbone
+from lmp_hl.nn.heads import invariants
+from lmp_hl.potential import FIELDS, Potential, edge_forces
+
+# preset, head, number of elements, l_max
+ALL = list(itertools.product(["local", "mp"], ["hlgauss", "scalar"], [1, 3], [2, 3]))
+SOME = [
+    ("local", "hlgauss", 3, 3),
+    ("local", "scalar", 1, 2),
+    ("mp", "hlgauss", 1, 2),
+    ("mp", "scalar", 3, 3),
+]
+TWO = [SOME[0], ("mp", "hlgauss", 3, 2)]
+
+
+@pytest.fixture
+def potential(request, potential_factory):
+    return potential_factory(*request.param)
+
+
+def cases(names):
+    return pytest.mark.parametrize(
+        "potential", names, indirect=True, ids=lambda p: "-".join(map(str, p))
+    )
+
+
+def elements_of(potential):
+    return ELEMENTS[: len(potential.reference_energies)]
+
+
+def inputs_of(potential, atoms):
+    layers = 1 + len(potential.backbone.message_layers)
+    dtype = str(next(potential.parameters()).dtype).removeprefix("torch.")
+    return graph_inputs(atoms, elements_of(potential), CUTOFF, layers, dtype)
+
+
+def evaluate(potential, atoms, with_fields=True):
+    """Outputs as numpy arrays, with the forces and the virial sum_e r_e g_e put together."""
+    inputs = inputs_of(potential, atoms)
+    out = {k: v.detach() for k, v in potential(inputs, with_fields).items()}
+    gradients = out.pop(keys.EDGE_GRADIENTS)
+    out["forces"] = edge_forces(inputs[keys.EDGE_INDEX], gradients, len(atoms))
+    out["virial"] = inputs[keys.EDGE_VECTORS].T @ gradients
+    return {k: v.numpy() for k, v in out.items()}
+
+
+def total_energy(potential, atoms):
+    return evaluate(potential, atoms, with_fields=False)[keys.ENERGY].sum()
+
+
+def assert_same_scalars(a, b, names, order=slice(None)):
+    for name in names:
+        np.testing.assert_allclose(a[name][order], b[name], rtol=1e-9, atol=1e-10, err_msg=name)
+
+
+def field_names(potential):
+    has_histogram = hasattr(potential.energy_head, "offsets")
+    return [f for f in FIELDS if has_histogram or f not in (keys.ENTROPY, keys.EXCESS_ENTROPY)]
+
+
+@cases(ALL)
+def test_rotation_and_inversion(potential, structure_factory):
+    atoms = structure_factory(elements_of(potential), seed=1)
+    before = evaluate(potential, atoms)
+    assert set(field_names(potential)) <= set(before)
+    for matrix in (Rotation.random(rng=5).as_matrix(), -Rotation.random(rng=6).as_matrix()):
+        turned = atoms.copy()
+        turned.set_cell(atoms.cell @ matrix.T)
+        turned.positions = atoms.positions @ matrix.T
+        after = evaluate(potential, turned)
+        assert_same_scalars(after, before, [keys.ENERGY, *field_names(potential)])
+        np.testing.assert_allclose(after["forces"], before["forces"] @ matrix.T, atol=1e-9)
+        np.testing.assert_allclose(after["virial"], matrix @ before["virial"] @ matrix.T, atol=1e-8)
+
+
+@cases(SOME)
+def test_translation_permutation_and_choice_of_image(potential, structure_factory):
+    atoms = structure_factory(elements_of(potential), seed=2)
+    before = evaluate(potential, atoms)
+    moved = atoms.copy()
+    moved.positions += [3.1, -7.7, 0.4]
+    moved.wrap()
+    order = np.random.default_rng(0).permutation(len(atoms))
+    after = evaluate(potential, moved[order])
+    assert_same_scalars(before, after, [keys.ENERGY, "forces", *field_names(potential)], order)
+
+
+@cases(SOME)
+def test_forces_are_minus_the_energys_gradient(potential, structure_factory):
+    atoms = structure_factory(elements_of(potential), seed=3)
+    forces = evaluate(potential, atoms)["forces"]
+    step = 1e-4  # central differences: error O(step^2) times the third derivative
+    for atom, axis in ((0, 0), (1, 1), (2, 2), (5, 0)):
+        energies = []
+        for sign in (1, -1):
+            moved = atoms.copy()
+            moved.positions[atom, axis] += sign * step
+            energies.append(total_energy(potential, moved))
+        numeric = -(energies[0] - energies[1]) / (2 * step)
+        assert forces[atom, axis] == pytest.approx(numeric, rel=1e-5, abs=1e-6)
+    assert np.abs(forces).max() > 0.05  # there was something to compare
+    np.testing.assert_allclose(forces.sum(0), 0.0, atol=1e-11)
+
+
+@cases(SOME)
+def test_virial_is_the_energys_derivative_by_strain_and_symmetric(potential, structure_factory):
+    atoms = structure_factory(elements_of(potential), seed=4)
+    virial = evaluate(potential, atoms)["virial"]
+    np.testing.assert_allclose(virial, virial.T, atol=1e-10)
+    step = 1e-5
+    for a, b in ((0, 0), (1, 2), (2, 0)):
+        energies = []
+        for sign in (1, -1):
+            strain = np.eye(3)
+            strain[a, b] += sign * step
+            strained = atoms.copy()
+            strained.set_cell(atoms.cell @ strain, scale_atoms=True)
+            energies.append(total_energy(potential, strained))
+        numeric = (energies[0] - energies[1]) / (2 * step)
+        assert virial[a, b] == pytest.approx(numeric, rel=1e-5, abs=1e-6)
+
+
+@cases(SOME)
+def test_energy_force_and_its_slope_vanish_smoothly_at_the_cutoff(potential):
+    """An atom that leaves the cutoff of one other: E ~ d^4, F ~ d^3, dF/dr ~ d^2 at r_c - d.
+
+    The envelope alone has d^3; the Bessel functions vanish at the cutoff as well.
+    """
+    elements = elements_of(potential)
+
+    def state(r):
+        # the third atom is 2.5 Å from the first, on the far side of the one that leaves
+        atoms = Atoms(
+            [elements[0], elements[-1], elements[0]], [[0, 0, 0], [r, 0, 0], [-2.5, 0.3, 0]]
+        )
+        out = evaluate(potential, atoms)
+        return out[keys.ENERGY].sum(), out["forces"][1, 0]
+
+    far, no_force = state(CUTOFF + 1e-9)
+    assert no_force == 0.0
+    distances = (0.08, 0.04, 0.02)
+    energies, forces, slopes = [], [], []
+    for d in distances:
+        energies.append(abs(state(CUTOFF - d)[0] - far))
+        forces.append(abs(state(CUTOFF - d)[1]))
+        inner, outer = state(CUTOFF - d - 1e-4)[1], state(CUTOFF - d + 1e-4)[1]
+        slopes.append(abs(inner - outer) / 2e-4)
+    assert energies[0] > 1e-9
+    for values, order in ((energies, 3), (forces, 2), (slopes, 1)):
+        observed = np.log2(np.array(values[:-1]) / np.array(values[1:]))
+        assert (observed > order + 0.5).all(), (order, observed)
+
+
+@cases(SOME)
+def test_batch_equals_singles(potential, structure_factory):
+    elements = elements_of(potential)
+    structures = [
+        structure_factory(elements, n, pbc, n) for n, pbc in ((4, True), (9, False), (1, False))
+    ]
+    graphs = [
+        {**inputs_of(potential, atoms), fr.NUM_ATOMS: torch.tensor([len(atoms)])}
+        for atoms in structures
+    ]
+    together = potential(fr.collate_graphs(graphs), True)
+    singles = [potential(graph, True) for graph in graphs]
+    for name in (keys.ENERGY, keys.EDGE_GRADIENTS, *field_names(potential)):
+        expected = torch.cat([single[name] for single in singles])
+        torch.testing.assert_close(together[name], expected, rtol=1e-10, atol=1e-10)
+
+
+@cases(SOME)
+def test_no_atoms_and_no_neighbours(potential):
+    empty = evaluate(potential, Atoms())
+    assert all(len(empty[name]) == 0 for name in (keys.ENERGY, "forces", *field_names(potential)))
+    apart = evaluate(potential, Atoms([elements_of(potential)[0]] * 2, [[0, 0, 0], [0, 0, CUTOFF]]))
+    assert (apart["forces"] == 0).all()
+    assert apart[keys.ENERGY][0] == pytest.approx(apart[keys.ENERGY][1], rel=1e-14)
+    assert all(np.isfinite(apart[name]).all() for name in (keys.ENERGY, *field_names(potential)))
+
+
+def test_range_of_the_energy_is_layers_times_cutoff(potential_factory):
+    """A chain of three: the far end acts on the first atom's energy only by message passing."""
+    energies = {}
+    for preset in ("local", "mp"):
+        energies[preset] = [
+            evaluate(
+                potential_factory(preset), Atoms("Si3", [[0, 0, 0], [2.5, 0, 0], [4.5, y, 0]])
+            )[keys.ENERGY][0]
+            for y in (0.0, 1.0)
+        ]
+    assert energies["local"][0] == energies["local"][1]
+    assert abs(energies["mp"][0] - energies["mp"][1]) > 1e-6
+
+
+@pytest.mark.parametrize("head", ["hlgauss", "scalar"])
+def test_reference_energies_shift_the_energy_only(potential_factory, structure_factory, head):
+    potential = potential_factory("local", head, 3)
+    atoms = structure_factory(ELEMENTS)
+    inputs = inputs_of(potential, atoms)
+    _, bare = potential.atoms(inputs)
+    expected = bare.energy + potential.reference_energies[inputs[keys.SPECIES]]
+    torch.testing.assert_close(potential(inputs)[keys.ENERGY], expected, rtol=0, atol=0)
+
+
+@cases(TWO)
+def test_energy_is_the_expectation_of_the_histogram(potential, structure_factory):
+    inputs = inputs_of(potential, structure_factory(elements_of(potential)))
+    _, atoms = potential.atoms(inputs)
+    head = potential.energy_head
+    probs = torch.softmax(atoms.logits, 1).numpy()
+    centers = atoms.anchor[:, None].numpy() + float(head.bin_width) * head.offsets.numpy()
+    np.testing.assert_allclose(atoms.energy, (probs * centers).sum(1), rtol=0, atol=1e-12)
+    out = {k: v.detach() for k, v in potential(inputs, True).items()}
+    entropy = -(probs * np.log(probs)).sum(1)
+    np.testing.assert_allclose(out[keys.ENTROPY], entropy, rtol=1e-12)
+    floor = histogram.entropy_floor(head.sigma_in_bins, 1.0)
+    np.testing.assert_allclose(out[keys.EXCESS_ENTROPY], entropy - floor, atol=1e-12)
+    assert np.ptp(entropy) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_dtypes_of_the_outputs(potential_factory, structure_factory, dtype):
+    potential = potential_factory("local", "hlgauss", 1, 2, dtype)
+    out = potential(inputs_of(potential, structure_factory(["Si"])), True)
+    assert out[keys.ENERGY].dtype == torch.float64
+    others = {v.dtype for k, v in out.items() if k != keys.ENERGY}
+    assert others == {getattr(torch, dtype)}
+
+
+def test_float32_agrees_with_float64(potential_factory, structure_factory):
+    """The same weights in both precisions: 1e-4 is some hundred roundings of float32."""
+    double = potential_factory("mp", "hlgauss", 3)
+    single = potential_factory("mp", "hlgauss", 3, 2, "float32")
+    single.load_state_dict(double.state_dict())
+    atoms = structure_factory(ELEMENTS, seed=9)
+    expected, got = evaluate(double, atoms), evaluate(single, atoms)
+    for name in ("forces", keys.ENERGY, *field_names(double)):
+        scale = max(1.0, np.abs(expected[name]).max())
+        np.testing.assert_allclose(got[name], expected[name], atol=1e-4 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_outputs_stay_finite_far_from_the_data(potential_factory, structure_factory, dtype):
+    """Neighbours at 1 Å: the features are 1e10 standard deviations off."""
+    potential = potential_factory("mp", "hlgauss", 1, 2, dtype)
+    atoms = structure_factory(["Si"], num_atoms=27, seed=4)
+    atoms.set_cell(0.45 * atoms.cell, scale_atoms=True)
+    assert all(np.isfinite(values).all() for values in evaluate(potential, atoms).values())
+
+
+def test_features_that_are_not_finite_give_nan_not_an_error_of_indices(potential_factory, silicon):
+    """A simulation that blows up must stop with its own message, on a GPU too."""
+    potential = potential_factory("local")
+    inputs = inputs_of(potential, silicon)
+    inputs[keys.EDGE_VECTORS][0] = np.nan
+    out = potential(inputs, True)
+    assert bool(out[keys.FORCE_ENTROPY][0].isnan()) and bool(out[keys.DISTANCE][0].isnan())
+    assert bool(out[keys.FORCE_ENTROPY][1:].isfinite().all())
+
+
+# message passing over a part of the atoms --------------------------------------------------------
+def hop_sorted(inputs, owned, num_layers):
+    """The graph of keys.py for the owned atoms, and the old index of each node and edge."""
+    center, neighbor = inputs[keys.EDGE_INDEX].numpy()
+    reached, hop = {int(i): 0 for i in owned}, 0
+    while hop < num_layers:
+        hop += 1
+        for i, j in zip(center, neighbor, strict=True):
+            if reached.get(int(i)) == hop - 1:
+                reached.setdefault(int(j), hop)
+    nodes = sorted(reached, key=lambda i: reached[i])
+    rank = {node: k for k, node in enumerate(nodes)}
+    edges = [e for e, i in enumerate(center) if reached.get(int(i), num_layers) < num_layers]
+    edges.sort(key=lambda e: reached[int(center[e])])
+    hops = [num_layers - 1 - t for t in range(num_layers)]  # centres of layer t are so far away
+    index = np.array(
+        [[rank[int(center[e])] for e in edges], [rank[int(neighbor[e])] for e in edges]]
+    )
+    part = {
+        keys.SPECIES: inputs[keys.SPECIES][nodes],
+        keys.EDGE_INDEX: torch.from_numpy(index),
+        keys.EDGE_VECTORS: inputs[keys.EDGE_VECTORS][edges],
+        keys.LAYER_NODES: torch.tensor([sum(reached[i] <= h for i in nodes) for h in hops]),
+        keys.LAYER_EDGES: torch.tensor(
+            [sum(reached[int(center[e])] <= h for e in edges) for h in hops]
+        ),
+    }
+    return part, nodes, edges
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_owned_atoms_alone_give_the_energies_and_gradients_of_all(
+    potential_factory, structure_factory, num_layers
+):
+    preset = "local" if num_layers == 1 else "mp"
+    potential = potential_factory(preset, "hlgauss", 3, 2, "float64", num_layers)
+    atoms = structure_factory(ELEMENTS, num_atoms=60, pbc=False, seed=8)
+    owned = np.argsort(atoms.positions[:, 0])[:4].tolist()
+    whole = inputs_of(potential, atoms)
+    part, nodes, edges = hop_sorted(whole, owned, num_layers)
+    assert part[keys.LAYER_NODES].tolist()[-1] == 4
+    sizes = [len(atoms), len(nodes), *part[keys.LAYER_NODES].tolist()]
+    assert sizes == sorted(sizes, reverse=True) and sizes[2] < sizes[0]
+
+    got = potential(part, True)
+    vectors = whole[keys.EDGE_VECTORS].requires_grad_(True)
+    features, energy = potential.atoms(whole)
+    (gradient,) = torch.autograd.grad([energy.energy[nodes[:4]].sum()], [vectors])
+    references = potential.reference_energies[whole[keys.SPECIES]]
+    expected = (energy.energy + references)[nodes[:4]]
+    torch.testing.assert_close(got[keys.ENERGY], expected, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(got[keys.EDGE_GRADIENTS], gradient[edges], rtol=1e-8, atol=1e-10)
+    unused = np.setdiff1d(np.arange(len(vectors)), edges)
+    assert len(unused) > 0 and bool((gradient[unused] == 0).all())
+    fields = potential.fields(features, energy, whole[keys.SPECIES])
+    for name, values in fields.items():
+        torch.testing.assert_close(got[name], values[nodes[:4]], rtol=1e-8, atol=1e-10)
+
+
+# force distribution and distance -----------------------------------------------------------------
+@pytest.fixture
+def force(request, potential_factory, structure_factory):
+    """Potential, its force distributions of nine atoms and their distance factors."""
+    potential = potential_factory("local", "hlgauss", 3, 3)
+    inputs = inputs_of(potential, structure_factory(ELEMENTS, seed=5))
+    features, _ = potential.atoms(inputs)
+    species = inputs[keys.SPECIES]
+    return (
+        potential,
+        potential.force_distribution(features, species),
+        potential.distance(features, species),
+    )
+
+
+def test_shape_of_the_force_distribution_is_spd_with_determinant_one(force):
+    _, distribution, _ = force
+    shape = distribution.shape
+    torch.testing.assert_close(shape, shape.transpose(1, 2))
+    assert bool((torch.linalg.eigvalsh(shape) > 0).all())
+    torch.testing.assert_close(torch.linalg.det(shape), torch.ones(9, dtype=torch.float64))
+    assert float((shape - torch.eye(3)).abs().max()) > 0.1
+
+
+def test_shape_of_the_force_distribution_turns_with_the_structure(force, structure_factory):
+    potential, before, _ = force
+    atoms = structure_factory(ELEMENTS, seed=5)
+    matrix = -Rotation.random(rng=3).as_matrix()
+    turned = atoms.copy()
+    turned.set_cell(atoms.cell @ matrix.T, scale_atoms=True)
+    inputs = inputs_of(potential, turned)
+    features, _ = potential.atoms(inputs)
+    after = potential.force_distribution(features, inputs[keys.SPECIES])
+    expected = matrix @ before.shape.numpy() @ matrix.T
+    np.testing.assert_allclose(after.shape, expected, atol=1e-10)
+    np.testing.assert_allclose(after.logits, before.logits, atol=1e-10)
+
+
+def test_log_density_is_scipys_mixture_of_gaussians(force):
+    potential, distribution, factor = force
+    head = potential.force_distribution
+    errors = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got = head.log_density(distribution, factor, errors)
+    weights = torch.softmax(distribution.logits, 1).numpy()
+    scales = np.exp(head.log_scales.numpy())
+    for i in range(9):
+        density = sum(
+            q
+            * multivariate_normal(
+                cov=(s * float(factor[i])) ** 2 * distribution.shape[i].numpy()
+            ).pdf(errors[i])
+            for q, s in zip(weights[i], scales, strict=True)
+        )
+        assert float(got[i]) == pytest.approx(np.log(density), rel=1e-9)
+
+
+def test_force_std_is_the_root_of_the_mean_variance_of_a_component(force):
+    potential, distribution, factor = force
+    head = potential.force_distribution
+    weights, scales = torch.softmax(distribution.logits, 1), torch.exp(head.log_scales)
+    covariance = distribution.shape * (
+        factor.square() * (weights * scales.square()).sum(1)
+    ).reshape(-1, 1, 1)
+    expected = np.sqrt(np.trace(covariance.numpy(), axis1=1, axis2=2) / 3)
+    np.testing.assert_allclose(head.std(distribution, factor), expected, rtol=1e-12)
+
+
+def test_force_entropy_is_that_of_the_mixtures_bin_masses_and_grows_with_the_factor(force):
+    potential, distribution, factor = force
+    head = potential.force_distribution
+    edges = histogram.uniform_edges(head.masses.shape[1], float(head.bin_width))
+    weights = torch.softmax(distribution.logits, 1)
+    trace = distribution.shape.diagonal(dim1=1, dim2=2).sum(1)
+    sigma = torch.exp(head.log_scales) * (factor * (trace / 3).sqrt()).unsqueeze(1)
+    masses = histogram.hl_gauss(torch.zeros_like(sigma), edges, sigma)
+    expected = histogram.entropy((weights.unsqueeze(2) * masses).sum(1))
+    got = head.entropy(distribution, factor)
+    # masses are interpolated between scales 34 % apart
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.02)
+    grown = [head.entropy(distribution, factor * g) for g in (0.1, 0.5, 1.0, 2.0, 8.0)]
+    for smaller, larger in itertools.pairwise(grown):
+        assert bool((larger > smaller).all())
+
+
+def test_distance_is_the_mahalanobis_distance_of_the_element(potential_factory, structure_factory):
+    potential = potential_factory("local", "hlgauss", 3)
+    inputs = inputs_of(potential, structure_factory(ELEMENTS, seed=5))
+    features, _ = potential.atoms(inputs)
+    head = potential.distance
+    x = invariants(features).numpy()
+    got = head(features, inputs[keys.SPECIES])
+    for i, z in enumerate(inputs[keys.SPECIES].tolist()):
+        whiten = head.whiten[z].numpy()
+        difference = x[i] - head.mean[z].numpy()
+        square = difference @ whiten @ whiten.T @ difference / len(difference)
+        assert float(got[i]) == pytest.approx(np.sqrt(square) / float(head.median), rel=1e-9)
+
+
+# bad input ---------------------------------------------------------------------------------------
+def test_unknown_architecture_is_refused():
+    arguments = dict(num_elements=1, cutoff=4.0, channels=2, num_radial=2, num_scalars=2)
+    with pytest.raises(ValueError, match="l_max must be at least 2"):
+        Potential(**arguments, num_layers=1, head="scalar", l_max=1, num_bins=8, sigma=0.75)
+    with pytest.raises(ValueError, match="'hlgauss' or 'scalar', got 'mlp'"):
+        Potential(**arguments, num_layers=1, head="mlp", l_max=2, num_bins=8, sigma=0.75)
+    with pytest.raises(ValueError, match="l_max must be 1, 2 or 3"):
+        Backbone(**arguments, num_layers=1, l_max=4)
+    with pytest.raises(ValueError, match="num_layers must be at least 1"):
+        Backbone(**arguments, num_layers=0, l_max=2)
