@@ -107,7 +107,7 @@ class ModelConfig:
     """Width of the HL-Gauss target kernel, in bin widths."""
 
     bin_width: float | None = None
-    """eV; null: measured from the per-atom energies after the scalar warm-up."""
+    """eV; null: measured from the energy errors at the end of the scalar warm-up."""
 
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the network; per-atom energies are summed in float64 either way."""
@@ -143,14 +143,14 @@ class LossConfig:
     """Weights of the terms of the loss; 0 leaves a term out."""
 
     energy: float = 1.0
-    """Weight of the squared energy error per atom, (eV/atom)²; the HL-Gauss cross-entropy is scaled
-    to the same curvature, so that the weight means the same whatever the bin width."""
+    """Weight of (ΔE)²/N, eV², the sum over the atoms of their equal shares of the energy error
+    squared; the HL-Gauss cross-entropy is scaled to the same gradient, whatever the bin width."""
 
     forces: float = 10.0
     """Weight of the squared error of a force component, (eV/Å)²."""
 
-    stress: float = 1.0
-    """Weight of the squared error of a stress component, (eV/Å³)², over frames that have one."""
+    stress: float = 0.1
+    """Weight of (V Δσ)²/N, eV², over the stress components of frames that have one."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""

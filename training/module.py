@@ -135,12 +135,11 @@ class PotentialModule(L.LightningModule):
             self._evaluate(batch, "valid")
 
     def on_validation_epoch_end(self) -> None:
-        """Publish the validation errors."""
-        self._publish("valid")
+        """Publish the validation errors, and the training errors of the weights as they moved.
 
-    def on_train_epoch_end(self) -> None:
-        """Publish the training errors, of the weights as they moved during the epoch."""
-        self._publish("train")
+        Both here, because callbacks see the end of a training epoch before the module does.
+        """
+        self._publish()
 
     def _evaluate(self, batch: dict[str, Tensor], split: str) -> Tensor:
         weights = self.config.loss
@@ -172,10 +171,8 @@ class PotentialModule(L.LightningModule):
         key = f"{split}/{name}"
         self._sums[key] = self._sums[key] + total if key in self._sums else total
 
-    def _publish(self, split: str) -> None:
+    def _publish(self) -> None:
         for key, total in self._sums.items():
-            if not key.startswith(split):
-                continue
             total = self.trainer.strategy.reduce(total, reduce_op="sum")
             value = total[0] / total[1]
             if key.endswith("_rmse"):

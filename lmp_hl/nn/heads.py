@@ -141,6 +141,17 @@ class HistogramEnergy(nn.Module):
         return histogram.entropy_floor(self.sigma_in_bins, 1.0)
 
 
+def invariants(features: Features) -> Tensor:
+    """Scalars and norms of the tensors of degree >= 1, (num_atoms, num_scalars + l_max * channels)."""
+    parts = [features.scalars]
+    degree = 1
+    while degree * degree < features.tensors.shape[0]:
+        block = features.tensors[degree * degree : (degree + 1) * (degree + 1)]
+        parts.append((block.pow(2).sum(0) + 1e-12).sqrt())
+        degree += 1
+    return torch.cat(parts, dim=1)
+
+
 class FeatureDistance(nn.Module):
     """Mahalanobis distance of an atom's features from the training set's, per element.
 
@@ -161,17 +172,9 @@ class FeatureDistance(nn.Module):
         self.register_buffer("whiten", torch.eye(size).repeat(num_elements, 1, 1))
         self.register_buffer("median", torch.ones(()))
 
-    def describe(self, features: Features) -> Tensor:
-        """Invariant description x of each atom, (num_atoms, num_features)."""
-        parts = [features.scalars]
-        for degree in range(1, self.l_max + 1):
-            block = features.tensors[degree * degree : (degree + 1) * (degree + 1)]
-            parts.append((block.pow(2).sum(0) + 1e-12).sqrt())
-        return torch.cat(parts, dim=1)
-
     def forward(self, features: Features, species: Tensor) -> Tensor:
         """Features of the atoms -> (num_atoms,) distance; 1 is typical of validation frames."""
-        x = self.describe(features)
+        x = invariants(features)
         out = torch.zeros_like(x[:, 0])
         for element in range(self.mean.shape[0]):
             rows = torch.nonzero(species == element).squeeze(1)
@@ -209,12 +212,14 @@ class ForceDistribution(nn.Module):
         self,
         num_scalars: int,
         channels: int,
+        l_max: int,
         num_elements: int,
         num_scales: int = 32,
         num_bins: int = 128,
     ) -> None:
         super().__init__()
-        self.location = nn.Linear(num_scalars, 1, bias=False)
+        num_invariants = num_scalars + l_max * channels
+        self.location = nn.Linear(num_invariants, 1, bias=False)
         self.element_location = nn.Embedding(num_elements, 1)
         self.log_spread = nn.Parameter(torch.zeros(()))
         self.delta = nn.Parameter(torch.zeros(num_scales))
@@ -224,8 +229,8 @@ class ForceDistribution(nn.Module):
         self.register_buffer(
             "log_scales", torch.linspace(math.log(1e-3), math.log(10.0), num_scales)
         )
-        self.register_buffer("feature_mean", torch.zeros(num_scalars))
-        self.register_buffer("feature_std", torch.ones(num_scalars))
+        self.register_buffer("feature_mean", torch.zeros(num_invariants))
+        self.register_buffer("feature_std", torch.ones(num_invariants))
         self.register_buffer("tensor_rms", torch.ones(()))
         cartesian = o3.wigner_3j(1, 1, 2, dtype=torch.float64) * math.sqrt(5.0)
         self.register_buffer("cartesian", cartesian.permute(2, 0, 1).to(torch.get_default_dtype()))
@@ -246,7 +251,7 @@ class ForceDistribution(nn.Module):
 
     def forward(self, features: Features, species: Tensor) -> ForceScales:
         """Features of the atoms -> their force errors' distribution before the distance factor."""
-        x = (features.scalars - self.feature_mean) / self.feature_std
+        x = (invariants(features) - self.feature_mean) / self.feature_std
         location = self.location(x) + self.element_location(species)
         relative = (self.log_scales - location) * torch.exp(-self.log_spread)
         t = torch.matmul(features.tensors[4:9], self.shape_weight) / self.tensor_rms
@@ -258,7 +263,7 @@ class ForceDistribution(nn.Module):
         )
 
     def std(self, force: ForceScales, factor: Tensor) -> Tensor:
-        """sqrt(tr Sigma / 3) of each atom, eV/Å; `factor` (num_atoms,) multiplies every scale."""
+        """sqrt(tr Sigma / 3) of each atom, eV/Å; `factor` (num_atoms,) is g."""
         mean_square = (torch.softmax(force.logits, 1) * torch.exp(2.0 * self.log_scales)).sum(1)
         trace = force.shape.diagonal(dim1=1, dim2=2).sum(1)
         return factor * (mean_square * trace / 3.0).sqrt()
