@@ -63,9 +63,7 @@ class Potential(nn.Module):
             raise ValueError(f"model.head must be 'hlgauss' or 'scalar', got {head!r}")
         self.energy_head = energy_head
         self.distance = FeatureDistance(num_scalars, channels, l_max, num_elements)
-        self.force_distribution = ForceDistribution(
-            num_scalars, channels, l_max, num_elements
-        )
+        self.force_distribution = ForceDistribution(num_scalars, channels, l_max, num_elements)
         self.register_buffer("reference_energies", torch.zeros(num_elements, dtype=torch.float64))
 
     def atoms(self, inputs: dict[str, Tensor]) -> tuple[Features, AtomicEnergy]:

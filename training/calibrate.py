@@ -26,8 +26,8 @@ from . import frames as fr
 FOLDS = 4
 # on the weights of the force distribution's location; the largest makes it constant per element
 PENALTIES = (1e6, 1.0, 1e-1, 1e-2)
-# forces that vanish by symmetry have no error; below this share of the RMSE an error counts as noise,
-# or else the likelihood would look at nothing but those atoms
+# forces that vanish by symmetry have no error; below this share of the RMSE an error counts as
+# noise, or else the likelihood would look at nothing but those atoms
 NOISE = 0.2
 
 
@@ -116,7 +116,7 @@ def fit_distance(potential: Potential, seen: Atoms, held: Atoms) -> None:
 
 
 def fit_force_distribution(potential: Potential, held: Atoms) -> dict[str, Any]:
-    """Fit the validation frames' force errors: likelihood for the shape, second moment for the size.
+    """Fit the validation frames' force errors: shape by likelihood, size by second moment.
 
     The penalty is the one whose cross-validated force_std (over frames) ranks the errors best, the
     largest on a tie; see _fit for what is fitted.
@@ -177,8 +177,8 @@ def _rows(atoms: Atoms, rows: np.ndarray) -> Atoms:
 def _fit(head: ForceDistribution, atoms: Atoms, distance: Tensor, penalty: float) -> None:
     """Penalised maximum likelihood, then one factor on all scales.
 
-    A mixture's likelihood hardly minds a tail that is too heavy, but force_std is read as a size: the
-    factor makes its mean square that of the errors.
+    A mixture's likelihood hardly minds a tail that is too heavy, but force_std is read as a size:
+    the factor makes its mean square that of the errors.
     """
     rmse = atoms.errors.square().mean().sqrt()
     errors = _above_noise(atoms.errors, NOISE * rmse)
@@ -217,6 +217,4 @@ def _rank_fields(potential: Potential, held: Atoms) -> dict[str, float]:
         energy = potential.energy_head(held.features.scalars, held.species)
         fields = potential.fields(held.features, energy, held.species)
     size = held.errors.norm(dim=1).numpy()
-    return {
-        name: float(spearmanr(value.numpy(), size).statistic) for name, value in fields.items()
-    }
+    return {name: float(spearmanr(value.numpy(), size).statistic) for name, value in fields.items()}

@@ -142,7 +142,7 @@ class HistogramEnergy(nn.Module):
 
 
 def invariants(features: Features) -> Tensor:
-    """Scalars and norms of the tensors of degree >= 1, (num_atoms, num_scalars + l_max * channels)."""
+    """Scalars and norms of tensors of degree >= 1, (num_atoms, num_scalars + l_max * channels)."""
     parts = [features.scalars]
     degree = 1
     while degree * degree < features.tensors.shape[0]:
