@@ -12,13 +12,13 @@
 using namespace LAMMPS_NS;
 
 ComputeHLGaussAtom::ComputeHLGaussAtom(LAMMPS *lmp, int narg, char **arg) :
-    Compute(lmp, narg, arg), fields(arg + std::min(3, narg), arg + narg), nmax(0)
+    Compute(lmp, narg, arg), field_names(arg + std::min(3, narg), arg + narg), nmax(0)
 {
-  if (fields.empty())
+  if (field_names.empty())
     error->all(FLERR, "compute hlgauss/atom: wanted at least one field, such as entropy; "
                       "the log of pair_style lists those of the model");
   peratom_flag = 1;
-  size_peratom_cols = fields.size() == 1 ? 0 : (int) fields.size();
+  size_peratom_cols = field_names.size() == 1 ? 0 : (int) field_names.size();
   // asks for per-atom energies on the steps when the values are used, which is how the pair style
   // knows that it should evaluate the fields
   peatomflag = 1;
@@ -49,7 +49,7 @@ void ComputeHLGaussAtom::init()
   const auto &known = pair->fields();
   std::string names;
   for (const auto &name : known) names += " " + name;
-  for (const auto &field : fields)
+  for (const auto &field : field_names)
     if (std::find(known.begin(), known.end(), field) == known.end())
       error->all(FLERR, "compute hlgauss/atom: {} has no field '{}'; it knows{}", pair->path(),
                  field, known.empty() ? " none" : names);
@@ -71,14 +71,15 @@ void ComputeHLGaussAtom::compute_peratom()
     }
   }
 
-  for (size_t k = 0; k < fields.size(); k++) {
+  for (size_t k = 0; k < field_names.size(); k++) {
     int columns = 0;
-    const auto *values = static_cast<double *>(pair->extract_peratom(fields[k].c_str(), columns));
+    const auto *values =
+        static_cast<double *>(pair->extract_peratom(field_names[k].c_str(), columns));
     if (!values || update->eflag_atom != invoked_peratom)
       error->all(FLERR,
                  "compute hlgauss/atom: '{}' was not evaluated on step {}; a fix or variable that "
                  "reads it must be defined before the run, so that the step is announced",
-                 fields[k], update->ntimestep);
+                 field_names[k], update->ntimestep);
     for (int i = 0; i < atom->nlocal; i++) {
       const double value = atom->mask[i] & groupbit ? values[i] : 0.0;
       if (size_peratom_cols == 0)

@@ -19,10 +19,11 @@ public:
   void compute_peratom() override;
   double memory_usage() override;
 
+  std::vector<std::string> field_names;    // one per column
+
 private:
   class PairHLGauss *find_pair();
 
-  std::vector<std::string> fields;
   int nmax;    // atoms the arrays have room for
 };
 

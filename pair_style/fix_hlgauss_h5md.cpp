@@ -37,10 +37,6 @@
 using namespace LAMMPS_NS;
 using namespace FixConst;
 
-#ifndef HLGAUSS_VERSION
-#define HLGAUSS_VERSION "0.1.0"
-#endif
-
 namespace {
 
 constexpr char USAGE[] = "fix ID group hlgauss/h5md N file column ... [append|overwrite] "
@@ -118,15 +114,6 @@ std::string name_of_reference(std::string reference)
   std::replace(reference.begin(), reference.end(), '[', '_');
   reference.erase(std::remove(reference.begin(), reference.end(), ']'), reference.end());
   return reference;
-}
-
-/// Names of the columns of compute hlgauss/atom.
-template <typename AtomCompute> std::vector<std::string> field_names(const AtomCompute *compute)
-{
-  if constexpr (requires { compute->field_names; })
-    return compute->field_names;
-  else
-    return {};
 }
 
 /// Unit of a per-atom field, or of a well-known LAMMPS compute; "" if unknown.
@@ -509,7 +496,7 @@ void FixHLGaussH5MD::add_compute(Column column)
 
   std::vector<std::string> names;
   if (strcmp(compute->style, "hlgauss/atom") == 0)
-    names = field_names(static_cast<ComputeHLGaussAtom *>(compute));
+    names = static_cast<ComputeHLGaussAtom *>(compute)->field_names;
   if (names.empty()) {
     if (!column.index && num_columns) column.width = num_columns;
     return add_column(column);

@@ -117,6 +117,7 @@ public:
     about.cutoff = module.attr("cutoff").toDouble();
     about.num_layers = (int) module.attr("num_layers").toInt();
     about.dtype = module.attr("dtype").toStringRef();
+    about.card = module.attr("card").toStringRef();
     about.fields = list_attribute<std::string>(module, "fields");
     about.field_units = list_attribute<std::string>(module, "field_units");
     dtype = about.dtype == "float64" ? torch::kFloat64 : torch::kFloat32;

@@ -22,6 +22,7 @@ struct ModelInfo {
   std::string dtype;                       // "float32" or "float64"
   std::vector<std::string> fields;         // per-atom uncertainty fields on request
   std::vector<std::string> field_units;    // one per field
+  std::string card;                        // JSON: what the model says about itself
   std::string runtime;                     // e.g. "TorchScript, torch 2.13.0"
   std::string device;                      // e.g. "cpu" or "cuda:0 (NVIDIA H200)"
   std::string warning;                     // one line about versions or a shared device, or empty

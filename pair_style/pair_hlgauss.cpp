@@ -599,6 +599,7 @@ void *PairHLGauss::extract(const char *name, int &dim)
   if (strcmp(name, "cutoff") == 0) return const_cast<double *>(&model->info().cutoff);
   if (strcmp(name, "model_hash") == 0) return model_hash.data();
   if (strcmp(name, "model_path") == 0) return model_path.data();
+  if (strcmp(name, "model_card") == 0) return const_cast<char *>(model->info().card.c_str());
   if (strcmp(name, "fields") == 0) return field_names.data();
   for (size_t k = 0; k < fields().size(); k++)
     if (fields()[k] + "_flag" == name) return &field_flags[k];

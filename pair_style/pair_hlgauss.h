@@ -27,7 +27,7 @@ public:
   void finish() override;
   double memory_usage() override;
 
-  /// "cutoff" (double), "model_path" and "model_hash" (char, SHA-256), "fields" (char, names
+  /// "cutoff" (double), "model_path", "model_hash" (SHA-256) and "model_card" (char), "fields" (char, names
   /// separated by spaces), "<field>_flag" (int, set to 1 before a step to have the field), and
   /// "hlgauss_pair" (this object), all with dim = 0.
   void *extract(const char *, int &) override;
