@@ -421,6 +421,21 @@ def _separation(p: Predictions, seen: Predictions, resampling: _Resampling) -> d
     return separation
 
 
+def _separation_by_error(
+    p: Predictions, seen: Predictions, resampling: _Resampling
+) -> dict[str, Any]:
+    """AUROC of the true force error: what an error estimate that is never wrong would reach."""
+    found = {}
+    for how in ("mean", "max"):
+        low, high = seen.per_frame(seen.error, how), p.per_frame(p.error, how)
+
+        def area(w_low: Array, w_high: Array, low: Array = low, high: Array = high) -> float:
+            return metrics.auroc(low, high, w_low, w_high)
+
+        found[how] = resampling.interval(area, seen.num_frames, p.num_frames)
+    return found
+
+
 def report(
     data: Predictions, seen: Predictions | None = None, num_resamples: int = 400, seed: int = 0
 ) -> dict[str, Any]:
@@ -435,7 +450,8 @@ def report(
     Returns:
         "sets": name -> errors and calibration; "ranking": name -> grouping -> signal -> Spearman's
         rho with the force error; "separation" (with `seen`): frame mean or max -> signal -> AUROC
-        of held-out against seen; "best_field": grouping -> field; "controls": what they are.
+        of held-out against seen, and "separation_by_error", the same of the true force error;
+        "best_field": grouping -> field; "controls": what they are.
     """
     resampling = _Resampling(num_resamples, seed)
     sets = {"data": data} if seen is None else {"held out": data, "seen": seen}
@@ -451,6 +467,7 @@ def report(
         out["ranking"][name] = _ranking(p, resampling)
     if seen is not None:
         out["separation"] = _separation(data, seen, resampling)
+        out["separation_by_error"] = _separation_by_error(data, seen, resampling)
     first = out["ranking"][next(iter(sets))]
     out["best_field"] = {kind: _best(scores, data.fields) for kind, scores in first.items()}
     for how, scores in out.get("separation", {}).items():
@@ -490,6 +507,7 @@ def write_json(path: Path | str, numbers: Mapping[str, Any]) -> None:
             return float(value) if math.isfinite(value) else None
         return value.item() if isinstance(value, np.generic) else value
 
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(plain(numbers), indent=1) + "\n", encoding="utf-8")
 
 
@@ -636,6 +654,11 @@ def print_report(numbers: Mapping[str, Any], console: Any = None) -> None:
         if best[t] is not None:
             lead = scores[best[t]]["over_best_control"]
             console.print(f"  {t}: {best[t]} leads the best control by {cell(lead, '.2f')}")
+    if "separation_by_error" in numbers:
+        mean, largest = (cell(s, ".2f") for s in numbers["separation_by_error"].values())
+        console.print(
+            f"  the true force error itself separates with AUROC {mean} (frame mean), {largest} (max)"
+        )
     console.print(
         "  95 % intervals by resampling frames; ▸ best field; a control takes its better sign.",
         style="dim",

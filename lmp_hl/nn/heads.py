@@ -126,13 +126,17 @@ class HistogramEnergy(nn.Module):
         # bounded: far from the data a width may not become 0 or infinite
         log_tau = 3.0 * torch.tanh(self.log_tau(scalars) / 3.0)
         tau2 = self.kernel_variance() * torch.exp(2.0 * log_tau)
-        logits = self.delta(scalars) - relative.pow(2) / (2.0 * tau2)
+        logits = self._shape(scalars) - relative.pow(2) / (2.0 * tau2)
         energy = self._expected(anchor, scalars, tau2)
         return AtomicEnergy(energy, anchor, logits, tau2.squeeze(1) * width.square())
 
+    def _shape(self, scalars: Tensor) -> Tensor:
+        # bounded: far from the data a free delta singles out one bin, and entropy would say "certain"
+        return 3.0 * torch.tanh(self.delta(scalars) / 3.0)
+
     def _expected(self, anchor: Tensor, scalars: Tensor, tau2: Tensor) -> Tensor:
         # here the bins move with the anchor: same value, gradient of the moving histogram
-        logits = self.delta(scalars) - self.offsets.pow(2) / (2.0 * tau2)
+        logits = self._shape(scalars) - self.offsets.pow(2) / (2.0 * tau2)
         probs = torch.softmax(logits, dim=1)
         return anchor + self.bin_width.to(anchor.dtype) * histogram.expectation(probs, self.offsets)
 
