@@ -2,9 +2,9 @@
 
     python benchmarks/cost.py runs/quickstart/hl.pt
 
-Silicon at 600 K, one MPI rank, one thread; every variant is run `--repeats` times in turn, so that all meet the same
-machine. SNAP and quadratic SNAP (Si_Zuo_JPCA2020, built into LAMMPS) stand beside as the yardstick. Median and range are printed;
-read them as ratios.
+Silicon at 600 K, one MPI rank, one thread; every variant is run `--repeats` times in turn, so that
+all meet the same machine. SNAP and quadratic SNAP (Si_Zuo_JPCA2020, built into LAMMPS) stand beside as
+the yardstick. Median and range are printed; read them as ratios.
 """
 
 import argparse
@@ -55,7 +55,10 @@ def variants(model: Path) -> dict[str, tuple[str, str]]:
         "lmp-hl, uncertainty never": (ours, ""),
         "lmp-hl, uncertainty every step": (ours, UNCERTAINTY),
     }
-    for name, file in (("SNAP", "Si_Zuo_JPCA2020"), ("quadratic SNAP", "Si_Zuo_JPCA2020.quadratic")):
+    for name, file in (
+        ("SNAP", "Si_Zuo_JPCA2020"),
+        ("quadratic SNAP", "Si_Zuo_JPCA2020.quadratic"),
+    ):
         coefficients = potentials / f"{file}.snapcoeff"
         if coefficients.is_file():
             parameters = potentials / f"{file}.snapparam"
@@ -75,7 +78,9 @@ def measure(lines: tuple[str, str], cells: int, steps: int) -> float:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-    loops = re.findall(r"Loop time of ([\d.eE+-]+) on \d+ procs for (\d+) steps with (\d+) atoms", done.stdout)
+    loops = re.findall(
+        r"Loop time of ([\d.eE+-]+) on \d+ procs for (\d+) steps with (\d+) atoms", done.stdout
+    )
     if len(loops) != 2:
         raise SystemExit(f"LAMMPS failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     seconds, ran, atoms = loops[-1]
@@ -97,11 +102,15 @@ def main() -> None:
         for name, lines in chosen.items():
             times[name].append(measure(lines, args.cells, args.steps))
     base = statistics.median(next(iter(times.values())))
-    print(f"{8 * args.cells**3} Si atoms, one core, {args.repeats} runs of {args.steps} steps each\n")
+    print(
+        f"{8 * args.cells**3} Si atoms, one core, {args.repeats} runs of {args.steps} steps each\n"
+    )
     print("| potential | µs/atom/step, median (range) | ratio |\n|---|---|---|")
     for name, values in times.items():
         middle = statistics.median(values)
-        print(f"| {name} | {middle:.0f} ({min(values):.0f}-{max(values):.0f}) | {middle / base:.2f} |")
+        print(
+            f"| {name} | {middle:.0f} ({min(values):.0f}-{max(values):.0f}) | {middle / base:.2f} |"
+        )
     if args.json:
         args.json.write_text(json.dumps(times, indent=1))
 

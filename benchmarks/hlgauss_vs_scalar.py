@@ -3,9 +3,9 @@
     python benchmarks/hlgauss_vs_scalar.py benchmarks/3bpa.yaml --data DIR --seeds 0 1 2
     python benchmarks/hlgauss_vs_scalar.py examples/silicon/silicon.yaml --seeds 0 1 2
 
-Trains what is missing (an interrupted run is resumed), evaluates every model on the configuration's test files
-and writes a table. Rows are energy (per atom for `meV/atom`) and force component RMSE; `HL / twin` is the ratio of the means
-over seeds.
+Trains what is missing (an interrupted run is resumed), evaluates every model on the configuration's
+test files and writes a table: RMSE of the frames' energies (whole and per atom) and of the force
+components, mean over seeds ± their standard deviation; `HL / twin` is the ratio of the means.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lmp_hl.training.checkpoint import load_checkpoint
+from lmp_hl.training.config import TrainConfig, load_config, to_yaml
+from lmp_hl.training.frames import read_frames
+from lmp_hl.training.train import train
 
 from lmp_hl import metrics
 from lmp_hl.evaluate import predict
 from lmp_hl.export import export_potential
 from lmp_hl.model_file import load
-from lmp_hl.training.checkpoint import load_checkpoint
-from lmp_hl.training.config import TrainConfig, load_config, to_yaml
-from lmp_hl.training.frames import read_frames
-from lmp_hl.training.train import train
 
 HEADS = ("hlgauss", "scalar")
 
@@ -89,22 +89,28 @@ def table(config: TrainConfig, results: dict[tuple[str, int], dict[str, dict[str
     seeds = sorted({seed for _, seed in results})
     loss, training = config.loss, config.training
     lines = [
-        f"`{config.name}`: {config.model.preset}, {config.model.channels} channels, {training.epochs} epochs "
-        f"(warm-up {training.warmup_epochs}), batch {training.batch_size}, learning rate "
-        f"{training.learning_rate:g}; loss weights energy {loss.energy:g}, forces {loss.forces:g}, stress "
-        f"{loss.stress:g} for both heads; seeds {', '.join(map(str, seeds))}.",
+        f"`{config.name}`: {config.model.preset}, {config.model.channels} channels, "
+        f"{training.epochs} epochs (warm-up {training.warmup_epochs}), batch {training.batch_size}, "
+        f"learning rate {training.learning_rate:g}, weight decay {training.weight_decay:g}; loss "
+        f"weights energy {loss.energy:g}, forces {loss.forces:g}, stress {loss.stress:g} for both "
+        f"heads; seeds {', '.join(map(str, seeds))}.",
         "",
         "| test | quantity | HL-Gauss | scalar twin | HL / twin | per seed |",
         "|---|---|---|---|---|---|",
     ]
-    rows = (("energy", "energy, meV"), ("energy_per_atom", "energy, meV/atom"), ("forces", "forces, meV/Å"))
+    rows = (
+        ("energy", "energy, meV"),
+        ("energy_per_atom", "energy, meV/atom"),
+        ("forces", "forces, meV/Å"),
+    )
     for test in config.data.test:
         for key, label in rows:
             values = {
                 head: np.array([results[head, seed][test][key] for seed in seeds]) for head in HEADS
             }
             cells = [
-                f"{v.mean():.2f} ± {v.std(ddof=1) if len(v) > 1 else 0:.2f}" for v in values.values()
+                f"{v.mean():.2f} ± {v.std(ddof=1) if len(v) > 1 else 0:.2f}"
+                for v in values.values()
             ]
             ratio = values["hlgauss"].mean() / values["scalar"].mean()
             each = ", ".join(f"{r:.3f}" for r in values["hlgauss"] / values["scalar"])
@@ -116,9 +122,13 @@ def main() -> None:
     """Train, evaluate, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
-    parser.add_argument("--data", type=Path, help="folder of the data files, if not beside the YAML")
+    parser.add_argument(
+        "--data", type=Path, help="folder of the data files, if not beside the YAML"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--heads", nargs="+", default=HEADS, choices=HEADS, help="train only these now")
+    parser.add_argument(
+        "--heads", nargs="+", default=HEADS, choices=HEADS, help="train only these now"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

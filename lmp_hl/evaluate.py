@@ -657,7 +657,7 @@ def print_report(numbers: Mapping[str, Any], console: Any = None) -> None:
     if "separation_by_error" in numbers:
         mean, largest = (cell(s, ".2f") for s in numbers["separation_by_error"].values())
         console.print(
-            f"  the true force error itself separates with AUROC {mean} (frame mean), {largest} (max)"
+            f"  the true force error itself separates with AUROC {mean} (mean), {largest} (max)"
         )
     console.print(
         "  95 % intervals by resampling frames; ▸ best field; a control takes its better sign.",

@@ -519,7 +519,7 @@ def start_worker() -> None:
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = "1"
     # Open MPI binds a process started alone to the first core: all workers would share it
-    os.environ["OMPI_MCA_hwloc_base_binding_policy"] = "none"
+    os.environ["OMPI_MCA_hwloc_base_binding_policy"] = "none"  # noqa: SIM112
 
 
 # -------------------------------------------------------------------------------- collecting

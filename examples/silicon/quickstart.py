@@ -2,8 +2,8 @@
 
     python examples/silicon/quickstart.py
 
-Every step is a command that you can run yourself; it is printed before it starts. A step whose result is newer
-than what it was made from is not repeated.
+Every step is a command that you can run yourself; it is printed before it starts. A step whose
+result is newer than what it was made from is not repeated.
 """
 
 import argparse
@@ -65,9 +65,15 @@ def shown(word: object) -> str:
 def main() -> None:
     """Run all steps and print what was made."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quickstart", help="folder of the results")
-    parser.add_argument("--config", type=Path, default=HERE / "silicon.yaml", help="training configuration")
-    parser.add_argument("--cells", type=int, default=8, help="size of the slab; 8 cells are 4,096 atoms")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "quickstart", help="folder of the results"
+    )
+    parser.add_argument(
+        "--config", type=Path, default=HERE / "silicon.yaml", help="training configuration"
+    )
+    parser.add_argument(
+        "--cells", type=int, default=8, help="size of the slab; 8 cells are 4,096 atoms"
+    )
     parser.add_argument("--steps", type=int, default=300, help="MD steps")
     parser.add_argument("--ranks", type=int, default=2, help="MPI ranks")
     args = parser.parse_args()
@@ -94,10 +100,10 @@ def main() -> None:
             [config, HERE / "train.xyz", HERE / "valid.xyz"],
             checkpoint,
         ),
-        Step("export the model", [tool, "export", str(checkpoint), str(model)], [checkpoint], model),
         Step(
-            "molecular dynamics with LAMMPS", lammps, [model, HERE / "in.silicon"], trajectory
+            "export the model", [tool, "export", str(checkpoint), str(model)], [checkpoint], model
         ),
+        Step("molecular dynamics with LAMMPS", lammps, [model, HERE / "in.silicon"], trajectory),
         Step(
             "analyse the trajectory",
             [tool, "analyze", str(trajectory), "--out", str(out / "analysis")],
@@ -128,9 +134,10 @@ def main() -> None:
 
 
 def write_config(source: Path, target: Path, folder: Path) -> None:
-    """The configuration with its output folder and data paths resolved; kept when nothing changed."""
-    from lmp_hl.training.config import load_config, to_yaml
+    """The configuration with folders and paths resolved; the file stays if nothing changed."""
     from dataclasses import replace
+
+    from lmp_hl.training.config import load_config, to_yaml
 
     text = to_yaml(replace(load_config(source), output_dir=folder))
     if not target.is_file() or target.read_text(encoding="utf-8") != text:

@@ -131,7 +131,7 @@ class HistogramEnergy(nn.Module):
         return AtomicEnergy(energy, anchor, logits, tau2.squeeze(1) * width.square())
 
     def _shape(self, scalars: Tensor) -> Tensor:
-        # bounded: far from the data a free delta singles out one bin, and entropy would say "certain"
+        # bounded: far from the data a free delta singles out one bin, and entropy says "certain"
         return 3.0 * torch.tanh(self.delta(scalars) / 3.0)
 
     def _expected(self, anchor: Tensor, scalars: Tensor, tau2: Tensor) -> Tensor:
