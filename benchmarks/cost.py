@@ -2,8 +2,8 @@
 
     python benchmarks/cost.py runs/quickstart/hl.pt
 
-Silicon at 600 K, one MPI rank, one thread; every variant is run `--repeats` times in turn, so that
-all meet the same machine. SNAP and quadratic SNAP (Si_Zuo_JPCA2020, built into LAMMPS) stand beside as
+Silicon at 600 K, one MPI rank, one thread; every variant is run `--repeats` times in turn, so all
+meet the same machine. SNAP and quadratic SNAP (Si_Zuo_JPCA2020, built into LAMMPS) stand beside as
 the yardstick. Median and range are printed; read them as ratios.
 """
 

@@ -38,7 +38,7 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW = (
     "#D55E00",
     "#F0E442",
 )
-CYCLE = [BLUE, RED, GREEN, PINK, SKY, ORANGE, INK, MUTED]
+CYCLE = [BLUE, RED, GREEN, PINK, SKY, ORANGE, INK, MUTED, "#7b3294", "#8c510a", YELLOW, "#01665e"]
 SET_COLORS = {"seen": BLUE, "held out": RED, "data": BLUE}
 # pale where the model is sure, dark and saturated where it is not
 UNCERTAINTY = LinearSegmentedColormap.from_list(
@@ -281,7 +281,7 @@ def parity(
         title="Energy", xlabel="reference energy (eV/atom)", ylabel="predicted energy (eV/atom)"
     )
     for tick in (first.xaxis, first.yaxis):
-        tick.set_major_locator(MaxNLocator(5))
+        tick.set_major_locator(MaxNLocator(4))
     reach = max((np.abs(v).max() for pair in forces.values() for v in pair), default=1.0)
     for ax, (name, (true, predicted)) in zip(rest, forces.items(), strict=True):
         true, predicted = np.ravel(true), np.ravel(predicted)
@@ -339,6 +339,9 @@ def uncertainty_error(
     for ax in axes:
         if calibrated:
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            ax.xaxis.set_minor_formatter(NullFormatter())
             ax.fill_between(line, line / 2, line * 2, color=GRID, alpha=0.8, lw=0, zorder=0)
             ax.plot(line, line, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=4)
         ax.set(yscale="log", xlabel=label, xlim=x_range)
