@@ -1,0 +1,271 @@
+"""The real network in LAMMPS equals Python's calculator: energy, forces, virial, every field."""
+
+import copy
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms as AseAtoms
+from ase.stress import voigt_6_to_full_3x3_stress
+from conftest import ELEMENTS, make_card, make_potential
+from lammps_cases import Atoms, cluster, crystal, read_dump, run_lammps
+
+from lmp_hl import keys
+from lmp_hl.analysis import validation_ranking
+from lmp_hl.calculator import HLCalculator
+from lmp_hl.export import export_potential
+from lmp_hl.graph import graph_inputs
+from lmp_hl.h5md import open_trajectory
+from lmp_hl.nn.heads import invariants
+
+SYMBOLS = np.array(ELEMENTS[:2])
+FIELDS = list(keys.FIELD_UNITS)
+BAR_PER_EV_A3 = 1.6021765e6  # the rounded number that LAMMPS itself uses in units metal
+
+# Both evaluate the same network, in float64 on edges in another order: sums of some hundred terms
+# of order 1 to 10 differ by about 1e-14, and the network's derivatives enlarge that somewhat.
+FLOAT64 = 1e-10
+# float32 has seven digits; sums of some hundred terms and the network lose up to two of them.
+FLOAT32 = 1e-4
+
+SYSTEMS = {
+    "periodic": crystal(11),
+    "triclinic": crystal(12, triclinic=True),
+    "small_cell": Atoms(  # every edge is shorter than the cutoff: atoms see their own images
+        [[0.1, 0.2, 0.3], [1.2, 0.9, 1.6], [2.2, 2.6, 0.9]],
+        [0, 1, 1],
+        [[2.9, 0, 0], [0.4, 3.1, 0], [-0.3, 0.5, 3.0]],
+    ),
+    "cluster": cluster(13),  # one atom has no neighbours, and one of two ranks has no atoms
+    "shrink_wrapped": cluster(14),
+    "isolated": Atoms([[4.0, 5.0, 6.0]], [1], 30 * np.eye(3), (False, False, False)),
+    "isolated_periodic": Atoms([[4.0, 5.0, 6.0]], [0], 30 * np.eye(3)),
+    "large": crystal(15, triclinic=True, repeat=5),  # wider than two cutoffs
+}
+
+
+def structure(atoms):
+    """ASE's view of a system."""
+    return AseAtoms(SYMBOLS[atoms.species], atoms.positions, cell=atoms.cell, pbc=atoms.periodic)
+
+
+def calibrated(preset, dtype="float64"):
+    """A random potential whose uncertainty is fitted to features of the systems, so that it varies.
+
+    Otherwise features far from those expected drive every histogram to its widest shape, and
+    fields that are all alike agree whatever the code does.
+    """
+    potential = copy.deepcopy(make_potential(preset, num_elements=2, dtype=dtype))
+    backbone, distance, force = (
+        potential.backbone,
+        potential.distance,
+        potential.force_distribution,
+    )
+    layers = 1 + len(backbone.message_layers)
+    inputs = graph_inputs(
+        structure(SYSTEMS["large"]), list(SYMBOLS), backbone.radial.cutoff, layers, dtype
+    )
+    with torch.no_grad():
+        features = backbone(inputs)
+        x = invariants(features)
+        mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+        distance.mean.copy_(mean)
+        distance.whiten.copy_(torch.diag(1 / std))
+        distance.median.fill_(1.0)
+        distance.median.copy_(distance(features, inputs[keys.SPECIES]).median())
+        force.feature_mean.copy_(mean)
+        force.feature_std.copy_(std)
+        force.tensor_rms.copy_(features.tensors[4:9].pow(2).mean().sqrt())
+    return potential
+
+
+MODELS = {
+    "local": calibrated("local"),
+    "mp": calibrated("mp"),
+    "float32": calibrated("mp", "float32"),
+}
+EVERYWHERE = ("periodic", "triclinic", "small_cell")  # the other kinds of box: once each
+CASES = [("local", name) for name in (*EVERYWHERE, "cluster", "isolated")]
+CASES += [("mp", n) for n in (*EVERYWHERE, "shrink_wrapped", "isolated_periodic", "large")]
+CASES += [("float32", "triclinic")]
+
+CASE = """
+clear
+units metal
+boundary {boundary}
+box tilt large
+read_data {name}.data
+pair_style mliap model {model}.pt
+pair_coeff * * {elements} NULL
+compute e all pe/atom
+compute u all hlgauss/atom {fields}
+compute p all pressure NULL virial
+thermo_style custom step pe c_p[1] c_p[2] c_p[3] c_p[4] c_p[5] c_p[6]
+run 0
+write_dump all custom {out}.dump id fx fy fz c_e c_u[*] modify format float %.17g
+print "{numbers}" file {out}.thermo
+"""
+NUMBERS = " ".join(
+    f"$({name}:%.17g)" for name in ["pe", "vol", *(f"c_p[{k}]" for k in range(1, 7))]
+)
+
+
+def case(model, name, ranks):
+    """Commands that evaluate one system with one model and write every result."""
+    side = "s" if name == "shrink_wrapped" else "f"
+    return CASE.format(
+        boundary=" ".join("p" if p else side for p in SYSTEMS[name].periodic),
+        name=name,
+        model=model,
+        elements=" ".join(SYMBOLS),
+        fields=" ".join(FIELDS),
+        out=f"{model}.{name}.{ranks}",
+        numbers=NUMBERS,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models and structures."""
+    path = tmp_path_factory.mktemp("agreement")
+    for name, potential in MODELS.items():
+        export_potential(potential, SYMBOLS, make_card(), path / f"{name}.pt")
+    for name, atoms in SYSTEMS.items():
+        atoms.write(path / f"{name}.data")
+    return path
+
+
+@pytest.fixture(scope="module")
+def calculators(folder):
+    """Model name -> calculator."""
+    return {name: HLCalculator(folder / f"{name}.pt") for name in MODELS}
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
+def ranks(request, folder):
+    """Runs every case in one LAMMPS process on this many ranks."""
+    script = "".join(case(model, name, request.param) for model, name in CASES)
+    result = run_lammps(script, folder, request.param)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    return request.param
+
+
+def python_results(calculator, atoms):
+    """What the calculator says, and the virial in LAMMPS's sign and order, eV."""
+    calculator.calculate(structure(atoms))
+    results = calculator.results
+    if all(atoms.periodic):
+        virial = -np.linalg.det(atoms.cell) * voigt_6_to_full_3x3_stress(results["stress"])
+    else:
+        virial = atoms.positions.T @ results["forces"]  # nothing crosses the boundary
+    return results, virial[[0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]]
+
+
+@pytest.mark.parametrize(("model", "name"), CASES, ids=[f"{m}-{n}" for m, n in CASES])
+def test_lammps_equals_python(folder, calculators, ranks, model, name):
+    atoms = SYSTEMS[name]
+    want, virial = python_results(calculators[model], atoms)
+    rows = read_dump(folder / f"{model}.{name}.{ranks}.dump")
+    energy, volume, *pressure = np.loadtxt(folder / f"{model}.{name}.{ranks}.thermo")
+    assert rows[:, 0].tolist() == list(range(1, len(atoms.species) + 1))
+    tolerance = FLOAT32 if model == "float32" else FLOAT64
+
+    def close(got, expected, what):
+        expected = np.asarray(expected)
+        scale = max(1.0, np.abs(expected).max())
+        np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * scale, err_msg=what)
+
+    close(energy, want["energy"], "energy")
+    close(rows[:, 1:4], want["forces"], "forces")
+    close(rows[:, 4], want["energies"], "energy of each atom")
+    close(np.array(pressure) * volume / BAR_PER_EV_A3, virial, "virial")
+    for column, field in enumerate(FIELDS, start=5):
+        close(rows[:, column], want["energies" if field == keys.ENERGY else field], field)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_results_compared_differ_from_atom_to_atom(calculators, model):
+    atoms = SYSTEMS["triclinic"]
+    results, virial = python_results(calculators[model], atoms)
+    assert np.abs(results["forces"]).max() > 0.1 and np.abs(virial).min() > 0.01
+    for field in ("energies", *FIELDS[1:]):
+        for element in (0, 1):
+            values = results[field][atoms.species == element]
+            assert values.std() > 0.01 * np.abs(values).mean() > 0, (field, element)
+
+
+def test_neighbours_of_neighbours_matter_to_the_second_layer_only(calculators):
+    atoms = SYSTEMS["large"]
+    distances = np.linalg.norm(atoms.positions - atoms.positions[62], axis=1)
+    far = int(np.argmin(np.where(distances > 4.6, distances, np.inf)))  # cutoff 4 Å, move 0.3 Å
+    moved = Atoms(atoms.positions.copy(), atoms.species, atoms.cell)
+    moved.positions[far] += 0.3 * (moved.positions[far] - moved.positions[62]) / distances[far]
+    assert distances[far] < 8.0
+    for model, changes in (("local", False), ("mp", True)):
+        before, _ = python_results(calculators[model], atoms)
+        before = before["energies"][62]
+        after, _ = python_results(calculators[model], moved)
+        assert (abs(after["energies"][62] - before) > 1e-9) == changes
+
+
+TRAJECTORY = """
+units metal
+read_data large.data
+pair_style mliap model mp.pt
+pair_coeff * * {elements} NULL
+velocity all create 600 5
+fix nve all nve
+timestep 0.0002
+compute u all hlgauss/atom entropy force_std
+fix traj all hlgauss/h5md 5 traj.h5md id type x v f c_u[1] c_u[2] precision double
+run 10
+"""
+
+
+@pytest.fixture(scope="module")
+def trajectory_file(folder):
+    """Three frames of dynamics on two ranks."""
+    result = run_lammps(TRAJECTORY.format(elements=" ".join(SYMBOLS)), folder, 2)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    return folder / "traj.h5md"
+
+
+def test_trajectory_holds_the_fields_of_python_by_name_and_unit(trajectory_file, calculators):
+    calculator = calculators["mp"]
+    with open_trajectory(trajectory_file) as trajectory:
+        assert trajectory.steps.tolist() == [0, 5, 10]
+        assert {"entropy", "force_std"} <= set(trajectory.fields)
+        assert trajectory.units["entropy"] == "nat"
+        assert trajectory.units["force_std"] == "eV Angstrom-1"  # H5MD writes no slashes
+        for k in range(len(trajectory)):
+            frame, atoms = trajectory[k], trajectory.to_ase(k)
+            calculator.calculate(atoms)
+            for name in ("entropy", "force_std"):
+                expected = calculator.results[name]
+                np.testing.assert_allclose(frame[name], expected, rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(
+                atoms.get_forces(), calculator.results["forces"], rtol=1e-9, atol=1e-9
+            )
+        assert np.ptp(trajectory.values("entropy"), axis=0).max() > 1e-6  # the frames differ
+
+
+def test_trajectory_opens_in_mdanalysis_with_the_fields(trajectory_file):
+    mda = pytest.importorskip("MDAnalysis")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it misses masses and charges, which nobody asked for
+        universe = mda.Universe(str(trajectory_file))
+    with open_trajectory(trajectory_file) as trajectory:
+        for frame, ts in zip(trajectory, universe.trajectory, strict=True):
+            for name in ("entropy", "force_std"):
+                np.testing.assert_array_equal(ts.data[name], frame[name])
+
+
+def test_trajectory_carries_the_model_card(trajectory_file, calculators):
+    with open_trajectory(trajectory_file) as trajectory:
+        (run,) = trajectory.runs
+        assert json.loads(run["model_card"]) == calculators["mp"].model.card
+        ranking = make_card()["calibration"]["ranking"]
+        assert validation_ranking(trajectory) == ranking
+        assert next(iter(validation_ranking(trajectory))) == max(ranking, key=ranking.get)
