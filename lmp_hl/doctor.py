@@ -309,7 +309,7 @@ def _trajectory(machine: Machine) -> Finding | None:
     columns = "id type x f c_u[1] c_u[2] precision double overwrite"
     machine.evaluate(1, "cpu", f"{compute}fix t all hlgauss/h5md 1 t.h5md {columns}")
     with h5py.File(machine.folder / "t.h5md") as file:
-        written = file["particles/trajectory/c_u_2/value"][()]
+        written = file["particles/trajectory/force_std/value"][()]
     if written.shape != (1, len(expected)) or not abs(written[0] - expected).max() < 1e-9:
         return problem(f"force_std in the file is {written}, in Python {expected}", REINSTALL)
     return ok(f"fix hlgauss/h5md wrote a frame, and h5py {h5py.__version__} reads it")
