@@ -29,6 +29,8 @@ def _train(args: argparse.Namespace) -> int:
     from lmp_hl.training.train import train
 
     folder = train(args.config, resume=args.resume).parent
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return 0  # one process of several; the first one draws
     rows = read_metrics(folder / "metrics.csv")
     columns = {name: [row.get(name, float("nan")) for row in rows] for name in COLUMNS}
     labels = {

@@ -1,6 +1,8 @@
 """Training: a whole tiny run, exact resume, the switch to histograms, losses, bad input."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -318,6 +320,21 @@ def labelled_batch(potential, structure_factory, error):
             }
         )
     return fr.collate_graphs(graphs)
+
+
+def test_two_processes_share_a_run(tmp_path):
+    """Each takes half of every epoch's frames; one of them writes."""
+    path = configure(tmp_path, training={"devices": 2, "accelerator": "cpu"})
+    command = [sys.executable, "-m", "lmp_hl.cli", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved ") == 1
+    config = load_config(path)
+    assert [row["epoch"] for row in read_metrics(config.output_dir / "metrics.csv")] == [0, 1, 2, 3]
+    state = torch.load(config.output_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    # 8 frames in batches of `batch_size` for each of two processes
+    steps = EPOCHS * math.ceil(8 / 2 / config.training.batch_size)
+    assert state["global_step"] == steps
 
 
 @pytest.mark.parametrize("error", [0.01, -0.05, 3.0], ids=["near", "bins away", "outside"])

@@ -177,7 +177,12 @@ class PotentialModule(L.LightningModule):
             value = total[0] / total[1]
             if key.endswith("_rmse"):
                 value = 1e3 * value.sqrt()  # meV/atom, meV/Å, meV/Å³
-            self.log(key.replace("/", "_"), value.float(), rank_zero_only=False, sync_dist=False)
+            self.log(
+                key.replace("/", "_"),
+                value.float(),
+                rank_zero_only=False,
+                sync_dist=self.trainer.world_size > 1,
+            )
 
 
 @torch.no_grad()

@@ -148,14 +148,19 @@ def _graphs(
 
 
 def _loader(dataset: fr.GraphDataset, config: TrainConfig, shuffle: bool) -> DataLoader[Any]:
-    # the order depends on seed and epoch only, so a resumed run sees what it would have seen
-    sampler = DistributedSampler(
-        dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=config.seed, drop_last=False
+    # The order depends on seed and epoch only, so a resumed run sees what an uninterrupted one
+    # would. With several processes Lightning puts in a sampler of this kind for each of them.
+    alone = config.training.devices == 1
+    sampler = (
+        DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=config.seed)
+        if alone
+        else None
     )
     return DataLoader(
         dataset,
         batch_size=config.training.batch_size,
         sampler=sampler,
+        shuffle=shuffle if sampler is None else None,
         collate_fn=fr.collate_graphs,
     )
 
@@ -163,8 +168,10 @@ def _loader(dataset: fr.GraphDataset, config: TrainConfig, shuffle: bool) -> Dat
 def _trainer(config: TrainConfig, out: Path) -> L.Trainer:
     training = config.training
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*number of training batches.*")
+    # not for us: graphs are in memory, epochs are short, a resumed run's folder is not empty
+    advice = ("many workers", "number of training batches", "LeafSpec", "Checkpoint directory")
+    for text in advice:
+        warnings.filterwarnings("ignore", message=f".*{text}.*")
     callbacks: list[L.Callback] = [
         Notebook(out / "metrics.csv", training.log_every),
         ModelCheckpoint(
