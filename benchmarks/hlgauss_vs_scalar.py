@@ -92,8 +92,9 @@ def table(config: TrainConfig, results: dict[tuple[str, int], dict[str, dict[str
         f"`{config.name}`: {config.model.preset}, {config.model.channels} channels, "
         f"{training.epochs} epochs (warm-up {training.warmup_epochs}), "
         f"batch {training.batch_size}, learning rate {training.learning_rate:g}, "
-        f"weight decay {training.weight_decay:g}; loss weights energy {loss.energy:g}, forces {loss.forces:g}, stress {loss.stress:g} for both "
-        f"heads; seeds {', '.join(map(str, seeds))}.",
+        f"weight decay {training.weight_decay:g}; loss weights energy {loss.energy:g}, "
+        f"forces {loss.forces:g}, stress {loss.stress:g} for both heads; "
+        f"seeds {', '.join(map(str, seeds))}.",
         "",
         "| test | quantity | HL-Gauss | scalar twin | HL / twin | per seed |",
         "|---|---|---|---|---|---|",
