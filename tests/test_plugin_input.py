@@ -346,14 +346,17 @@ def test_uncertainty_is_evaluated_only_on_steps_that_use_it(folder: Path) -> Non
 
 
 def test_values_of_another_step_are_refused(folder: Path) -> None:
-    script = "\n".join([*START, *PAIR]) + "\ncompute u all hlgauss/atom entropy\nrun 0\n"
-    script += "fix 1 all nve\nfix 2 all ave/atom 1 1 1 c_u\nrun 3\nrun 2 pre no\n"
-    assert run_lammps(script, folder).returncode == 0
-    # vector variables of this style read the compute without announcing the step
-    script = script.replace("fix 2 all ave/atom 1 1 1 c_u", 'run 5 every 1 "print $(c_u[1])"\n')
-    result = run_lammps(script, folder)
+    script = "\n".join([*START, *PAIR]) + "\ncompute u all hlgauss/atom entropy\nfix 1 all nve\n"
+    read = 'print "value $(C_u[1])"\n'  # of atom 1, now
+    # a step on which nothing was evaluated: the fields at hand are those of step 3
+    result = run_lammps(script + "run 3\n" + read + "reset_timestep 5\n" + read, folder)
     assert result.returncode != 0
-    assert "entropy" in result.stdout or "not current" in result.stdout
+    values = re.findall(r"^value (.+)$", result.stdout, re.MULTILINE)
+    assert len(values) == 1 and float(values[0]) > 0
+    errors = [line for line in result.stdout.splitlines() if line.startswith("ERROR")]
+    assert len(errors) == 1
+    assert "'entropy' was not evaluated on step 5" in errors[0]
+    assert "must be defined before the run" in errors[0]
 
 
 def test_rerun_gives_the_fields_of_each_frame(folder: Path) -> None:
