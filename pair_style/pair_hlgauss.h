@@ -27,9 +27,9 @@ public:
   void finish() override;
   double memory_usage() override;
 
-  /// "cutoff" (double), "model_path", "model_hash" (SHA-256) and "model_card" (char), "fields" (char, names
-  /// separated by spaces), "<field>_flag" (int, set to 1 before a step to have the field), and
-  /// "hlgauss_pair" (this object), all with dim = 0.
+  /// "cutoff" (double), "model_path", "model_hash" (SHA-256) and "model_card" (char), "fields"
+  /// (char, names separated by spaces), "<field>_flag" (int, set to 1 before a step to have the
+  /// field), and "hlgauss_pair" (this object), all with dim = 0.
   void *extract(const char *, int &) override;
 
   /// Values of a field on owned atoms, or nullptr if it was not evaluated on this step.
