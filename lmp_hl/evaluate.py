@@ -9,8 +9,10 @@ which favours the control; a field of the model keeps its sign.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -507,8 +509,7 @@ def write_json(path: Path | str, numbers: Mapping[str, Any]) -> None:
             return float(value) if math.isfinite(value) else None
         return value.item() if isinstance(value, np.generic) else value
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(plain(numbers), indent=1) + "\n", encoding="utf-8")
+    _write(path, json.dumps(plain(numbers), indent=1) + "\n")
 
 
 def write_csv(path: Path | str, sets: Mapping[str, Predictions]) -> None:
@@ -517,19 +518,35 @@ def write_csv(path: Path | str, sets: Mapping[str, Predictions]) -> None:
     head = ["set", "frame", "atom", "element", "config_type"]
     head += [f"f{x}{end}" for end in ("_true", "") for x in "xyz"]
     head += ["force_error", *first.signals]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(head)
-        for name, p in sets.items():
-            start = np.concatenate([[0], np.cumsum(p.num_atoms)])
-            numbers = np.column_stack([p.forces_true, p.forces, p.error, *p.signals.values()])
-            kinds = p.kinds
-            for k, row in enumerate(numbers):
-                frame = int(p.frame[k])
-                symbol = chemical_symbols[p.numbers[k]]
-                writer.writerow(
-                    [name, frame, k - start[frame], symbol, kinds[k], *(f"{v:.9g}" for v in row)]
-                )
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(head)
+    for name, p in sets.items():
+        start = np.concatenate([[0], np.cumsum(p.num_atoms)])
+        numbers = np.column_stack([p.forces_true, p.forces, p.error, *p.signals.values()])
+        kinds = p.kinds
+        for k, row in enumerate(numbers):
+            frame = int(p.frame[k])
+            symbol = chemical_symbols[p.numbers[k]]
+            writer.writerow(
+                [name, frame, k - start[frame], symbol, kinds[k], *(f"{v:.9g}" for v in row)]
+            )
+    _write(path, text.getvalue())
+
+
+def _write(path: Path | str, text: str) -> None:
+    """Write a file as a whole: when that fails, an older one is still there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(
+            f"cannot write {path}: {error.strerror}; make room or choose another place"
+        ) from error
 
 
 def write_figures(

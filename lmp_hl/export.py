@@ -1,5 +1,6 @@
 """Potential -> `hl.pt`: one scripted, self-describing, self-testing file."""
 
+import io
 import json
 import os
 import tempfile
@@ -115,13 +116,20 @@ def export_potential(
     }
     exported = ExportedPotential(potential, elements, card).eval()
     scripted = torch.jit.script(exported)
+    # torch aborts the whole process when a disk is full, so it writes into memory
+    buffer = io.BytesIO()
+    torch.jit.save(scripted, buffer, _extra_files={"card.json": exported.card})
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".pt", delete=False) as file:
         temporary = Path(file.name)
     try:
-        torch.jit.save(scripted, str(temporary), _extra_files={"card.json": exported.card})
+        temporary.write_bytes(buffer.getbuffer())
         load(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path}: {error.strerror}; make room or choose another place"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
