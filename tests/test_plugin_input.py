@@ -346,10 +346,11 @@ def test_uncertainty_is_evaluated_only_on_steps_that_use_it(folder: Path) -> Non
 
 
 def test_values_of_another_step_are_refused(folder: Path) -> None:
-    script = "\n".join([*START, *PAIR]) + "\ncompute u all hlgauss/atom entropy\nfix 1 all nve\n"
-    read = 'print "value $(C_u[1])"\n'  # of atom 1, now
+    start = [*START, *PAIR, "compute u all hlgauss/atom entropy", "fix 1 all nve", "run 3"]
+    read = 'print "value $(C_u[1])"'  # of atom 1, now
     # a step on which nothing was evaluated: the fields at hand are those of step 3
-    result = run_lammps(script + "run 3\n" + read + "reset_timestep 5\n" + read, folder)
+    script = [*start, read, "clear", *start, "reset_timestep 5", read]
+    result = run_lammps("\n".join(script) + "\n", folder)
     assert result.returncode != 0
     values = re.findall(r"^value (.+)$", result.stdout, re.MULTILINE)
     assert len(values) == 1 and float(values[0]) > 0
