@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,11 @@ def save_checkpoint(
             "calibration": calibration,
         },
     }
+    # torch's own writer aborts the process on a full disk
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
+    temporary.write_bytes(buffer.getbuffer())
     os.replace(temporary, path)
 
 
