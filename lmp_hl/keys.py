@@ -17,7 +17,7 @@ EDGE_VECTORS: Final = "edge_vectors"  # (num_edges, 3) model dtype, Å, r_j - r_
 LAYER_NODES: Final = "layer_nodes"  # (num_layers,) int64, on the CPU; the last entry is num_owned
 LAYER_EDGES: Final = "layer_edges"  # (num_layers,) int64, on the CPU
 
-# optional inputs: reserved names, refused by models whose card does not list them
+# optional inputs: reserved names; a model's card lists those it takes in "optional_inputs"
 TOTAL_CHARGE: Final = "total_charge"  # (num_graphs,) model dtype, e
 TOTAL_SPIN: Final = "total_spin"  # (num_graphs,) model dtype, 2S
 DATASET_LABEL: Final = "dataset_label"  # (num_graphs,) int64

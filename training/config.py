@@ -34,7 +34,8 @@ class DataConfig:
     """Share of the training frames drawn (by `seed`) to validate on when `valid` is null."""
 
     test: dict[str, Path] = field(default_factory=dict)
-    """Name -> file of test frames, evaluated at the end and never trained on."""
+    """Name -> file of test frames: checked with the others, never trained on. Benchmarks evaluate
+    them."""
 
     energy_key: str = "energy"
     """Label of the frame's total energy, eV."""
@@ -89,7 +90,7 @@ class ModelConfig:
     """Width of the equivariant features."""
 
     l_max: int = 2
-    """Largest degree of the spherical harmonics."""
+    """Largest degree of the spherical harmonics, 2 or 3."""
 
     num_radial: int = 8
     """Radial basis functions of a distance."""
@@ -117,7 +118,7 @@ class ModelConfig:
         _require(self.cutoff > 0, "model.cutoff", "> 0 Å", self.cutoff)
         for name in ("channels", "num_radial", "hidden"):
             _require(getattr(self, name) > 0, f"model.{name}", "> 0", getattr(self, name))
-        _require(self.l_max >= 0, "model.l_max", ">= 0", self.l_max)
+        _require(self.l_max in (2, 3), "model.l_max", "2 or 3", self.l_max)
         _require(self.num_bins >= 2, "model.num_bins", ">= 2", self.num_bins)
         _require(self.sigma > 0, "model.sigma", "> 0 bin widths", self.sigma)
         width = self.bin_width

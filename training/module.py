@@ -201,7 +201,8 @@ def set_bin_width(
         device: of the potential.
 
     Raises:
-        ValueError: with a given width a target lies more than four supports away; names the frames.
+        ValueError: with a given width a target lies more than four times as far away as the support
+            reaches; names the frames.
     """
     head = potential.energy_head
     shares = []

@@ -46,7 +46,7 @@ def train(config_path: str | Path, resume: bool = False) -> Path:
 
     Raises:
         ValueError: bad configuration or data; a run is in `output_dir` already and `resume` is off,
-            or it was made with another model.
+            or it was made with another configuration.
     """
     config = load_config(config_path)
     out = config.output_dir
