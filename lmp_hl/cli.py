@@ -76,7 +76,7 @@ def _analyze(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from lmp_hl import doctor
 
-    return int(doctor.main() or 0)
+    return doctor.main()
 
 
 def _threshold(text: str) -> tuple[str, float]:
@@ -166,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: words after the command's name; those of the process by default.
 
     Returns:
-        0; 2 after one line on stderr when the input is wrong; 130 when interrupted.
+        0; 1 when doctor found a problem or the reader of the output has gone; 2 after one line on
+        stderr when the input is wrong; 130 when interrupted.
     """
     try:
         args = _parser().parse_args(argv)

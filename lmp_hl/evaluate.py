@@ -479,23 +479,6 @@ def report(
     return out
 
 
-def evaluate(
-    model: Model,
-    data: Sequence[Frame],
-    seen: Sequence[Frame] | None = None,
-    num_resamples: int = 400,
-    seed: int = 0,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Predict and report; see `predict` and `report`."""
-    return report(
-        predict(model, data, "data", progress),
-        None if seen is None else predict(model, seen, "seen", progress),
-        num_resamples,
-        seed,
-    )
-
-
 # output -----------------------------------------------------------------------------------------
 def write_json(path: Path | str, numbers: Mapping[str, Any]) -> None:
     """The report as JSON; numbers that are not finite become null."""

@@ -87,6 +87,8 @@ STYLE: Any = {
 
 # positive quantities that span more than this ratio get a logarithmic axis
 LOG_RATIO = 15.0
+ERROR_BINS = 12  # of equal count, along a predicted error
+ATOM_RADIUS = 1.1  # Å, as drawn
 
 FIELD_LABELS = {
     "entropy": "entropy",
@@ -308,7 +310,6 @@ def uncertainty_error(
     label: str = "predicted force error (eV/Å)",
     calibrated: bool = True,
     kinds: Mapping[str, NDArray[Any]] | None = None,
-    num_bins: int = 12,
 ) -> Path:
     """A field against the atom's true force error, with the error's size in bins of equal count.
 
@@ -320,7 +321,6 @@ def uncertainty_error(
         calibrated: the field predicts the error's size: logarithmic axis, ideal line and a band of
             a factor two. Otherwise the field only ranks, and its axis is linear.
         kinds: for each set the config_type of every atom (num_atoms,); adds a panel coloured by it.
-        num_bins: bins of equal count.
     """
     known = sorted({str(k) for v in (kinds or {}).values() for k in np.unique(v)})
     panels = 1 + (len(known) > 1)
@@ -359,10 +359,10 @@ def uncertainty_error(
     for name, (std, error) in sets.items():
         color = SET_COLORS.get(name, GREEN)
         if calibrated:
-            curve = reliability_curve(std, error, num_bins)
+            curve = reliability_curve(std, error, ERROR_BINS)
             x, y = curve.predicted, curve.observed
         else:
-            chunks = np.array_split(np.argsort(std, kind="stable"), min(num_bins, len(std)))
+            chunks = np.array_split(np.argsort(std, kind="stable"), min(ERROR_BINS, len(std)))
             x = np.array([std[k].mean() for k in chunks])
             y = np.array([rmse(error[k]) for k in chunks])
         axes[0].plot(
@@ -660,7 +660,10 @@ def by_coordination(
 
 # atoms ------------------------------------------------------------------------------------------
 def _view(azimuth: float, elevation: float) -> Array:
-    """Rotation whose rows are screen right, screen up and towards the viewer."""
+    """Rotation whose rows are screen right, screen up and towards the viewer.
+
+    Degrees: azimuth of the viewer from x towards y, elevation above the xy plane.
+    """
     a, e = np.radians(azimuth), np.radians(elevation)
     right = np.array([-np.sin(a), np.cos(a), 0.0])
     toward = np.array([np.cos(a) * np.cos(e), np.sin(a) * np.cos(e), np.sin(e)])
@@ -710,9 +713,6 @@ def atoms_3d(
     origin: Array | None = None,
     label: str = "entropy (nat)",
     title: str = "",
-    radius: float = 1.1,
-    azimuth: float = -62.0,
-    elevation: float = 18.0,
     limits: tuple[float, float] | None = None,
 ) -> Path:
     """Atoms in 3D, orthographic, coloured and sized by one field, beside a projection along y.
@@ -729,9 +729,6 @@ def atoms_3d(
         origin: (3,) corner of the box, Å; zero by default.
         label: colour bar label.
         title: figure title.
-        radius: drawn radius of an atom, Å.
-        azimuth: of the viewer from x towards y, degrees.
-        elevation: of the viewer above the xy plane, degrees.
         limits: ends of the colour map; by default the median and the 99.5 % quantile.
     """
     low, high = limits or (float(np.median(values)), float(np.quantile(values, 0.995)))
@@ -740,14 +737,14 @@ def atoms_3d(
     norm = Normalize(low, high, clip=True)
     level = np.asarray(norm(values))
     rgb = UNCERTAINTY(level)[:, :3]
-    sizes = radius * (0.72 + 0.40 * level)
+    sizes = ATOM_RADIUS * (0.72 + 0.40 * level)
     corner = np.zeros(3) if origin is None else np.asarray(origin, float)
     edges = np.empty((0, 2, 3)) if cell is None else _box_edges(np.asarray(cell, float), corner)
-    views = [_view(azimuth, elevation), np.array([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]])]
+    views = [_view(-62.0, 18.0), np.array([[1.0, 0, 0], [0, 0, 1.0], [0, -1.0, 0]])]
     spans = []
     for view in views:
         points = np.concatenate([positions, edges.reshape(-1, 3)]) @ view[:2].T
-        spans.append((points.min(0) - 1.6 * radius, points.max(0) + 1.6 * radius))
+        spans.append((points.min(0) - 1.6 * ATOM_RADIUS, points.max(0) + 1.6 * ATOM_RADIUS))
     height = 5.0
     widths = [height * float(s[1][0] - s[0][0]) / float(s[1][1] - s[0][1]) for s in spans]
     scale = min(1.0, 11.0 / sum(widths))

@@ -44,9 +44,7 @@ class Step:
             return 0.0
         print(f"  $ {shlex.join(shown(word) for word in self.command)}", flush=True)
         start = time.time()
-        # an MPI of the surrounding job, or threads of BLAS, must not leak into this small run
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"} if "lmp" in self.command else None
-        code = subprocess.run(self.command, env=environment).returncode
+        code = subprocess.run(self.command).returncode
         if code != 0:
             raise SystemExit(f"quickstart: '{self.title}' ended with exit code {code}; see above")
         if not self.makes.is_file():
