@@ -465,7 +465,8 @@ def write_figures(result: Analysis, folder: Path) -> list[Path]:
             )
         )  # fmt: skip
     frame = result.last
-    for n in dict.fromkeys([result.fields[0], result.best]):
+    sized = [n for n in result.fields if n == keys.FORCE_STD]
+    for n in dict.fromkeys([result.fields[0], result.best, *sized]):
         values = finite(frame, n)
         drawn = _drawn(values)
         clock = f"{frame.time:.4g} {result.units['time']}".strip()
