@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lmp_hl.training.checkpoint import load_checkpoint
-from lmp_hl.training.config import TrainConfig, load_config, to_yaml
-from lmp_hl.training.frames import read_frames
-from lmp_hl.training.train import train
 
 from lmp_hl import metrics
 from lmp_hl.evaluate import predict
 from lmp_hl.export import export_potential
 from lmp_hl.model_file import load
+from lmp_hl.training.checkpoint import load_checkpoint
+from lmp_hl.training.config import TrainConfig, load_config, to_yaml
+from lmp_hl.training.frames import read_frames
+from lmp_hl.training.train import train
 
 HEADS = ("hlgauss", "scalar")
 

@@ -8,14 +8,14 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.data import atomic_numbers, covalent_radii
-from lmp_hl.training import frames as fr
-from lmp_hl.training.config import ModelConfig
-from lmp_hl.training.module import build_potential
 
 from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
 from lmp_hl.nn.backbone import fit_scales
 from lmp_hl.nn.heads import HistogramEnergy, invariants
+from lmp_hl.training import frames as fr
+from lmp_hl.training.config import ModelConfig
+from lmp_hl.training.module import build_potential
 
 ELEMENTS = ("Si", "O", "Cu")
 CUTOFF = 4.0

@@ -16,10 +16,10 @@ from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from conftest import ELEMENTS, make_card, make_potential
-from lmp_hl.training.checkpoint import CHECKPOINT_FORMAT
-from lmp_hl.training.config import ModelConfig
 
 from lmp_hl import cli
+from lmp_hl.training.checkpoint import CHECKPOINT_FORMAT
+from lmp_hl.training.config import ModelConfig
 
 # of make_potential
 MODEL = {"cutoff": 4.0, "channels": 3, "num_radial": 4, "hidden": 8, "num_bins": 32}

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+
 from lmp_hl.training.config import DataConfig, LossConfig, TrainConfig, load_config, to_yaml
 
 FULL = """

@@ -10,6 +10,9 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+
+from lmp_hl import keys
+from lmp_hl.graph import graph_inputs
 from lmp_hl.training import frames as fr
 from lmp_hl.training.config import DataConfig
 from lmp_hl.training.frames import (
@@ -23,9 +26,6 @@ from lmp_hl.training.frames import (
     resolve_reference_energies,
     split_frames,
 )
-
-from lmp_hl import keys
-from lmp_hl.graph import graph_inputs
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 STRESS = np.array([[0.1, 0.02, 0.03], [0.02, 0.2, 0.04], [0.03, 0.04, 0.3]])

@@ -7,7 +7,6 @@ import pytest
 import torch
 from ase import Atoms
 from conftest import CUTOFF, ELEMENTS
-from lmp_hl.training import frames as fr
 from scipy.spatial.transform import Rotation
 from scipy.stats import multivariate_normal
 
@@ -16,6 +15,7 @@ from lmp_hl.graph import graph_inputs
 from lmp_hl.nn.backbone import Backbone
 from lmp_hl.nn.heads import invariants
 from lmp_hl.potential import FIELDS, Potential, edge_forces
+from lmp_hl.training import frames as fr
 
 # preset, head, number of elements, l_max
 ALL = list(itertools.product(["local", "mp"], ["hlgauss", "scalar"], [1, 3], [2, 3]))

@@ -13,6 +13,10 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from conftest import make_potential
+from torch.utils.data import DataLoader
+
+from lmp_hl import histogram, keys, model_file
+from lmp_hl.calculator import HLCalculator
 from lmp_hl.training import frames as fr
 from lmp_hl.training import losses
 from lmp_hl.training import train as train_module
@@ -21,10 +25,6 @@ from lmp_hl.training.config import load_config
 from lmp_hl.training.module import set_bin_width
 from lmp_hl.training.notebook import Notebook, read_metrics
 from lmp_hl.training.train import baseline_energies, initial_potential, train
-from torch.utils.data import DataLoader
-
-from lmp_hl import histogram, keys, model_file
-from lmp_hl.calculator import HLCalculator
 
 EPOCHS, WARMUP = 4, 2
 

@@ -119,8 +119,11 @@ class ModelConfig:
         for name in ("channels", "num_radial", "hidden"):
             _require(getattr(self, name) > 0, f"model.{name}", "> 0", getattr(self, name))
         _require(self.l_max in (2, 3), "model.l_max", "2 or 3", self.l_max)
-        _require(self.num_bins >= 2, "model.num_bins", ">= 2", self.num_bins)
         _require(self.sigma > 0, "model.sigma", "> 0 bin widths", self.sigma)
+        # the support is padded by 4 sigma on either side and needs room between
+        least = max(2.0, 16 * self.sigma)
+        wanted = f">= {least:g} (16 sigma)"
+        _require(self.num_bins >= least, "model.num_bins", wanted, self.num_bins)
         width = self.bin_width
         _require(width is None or width > 0, "model.bin_width", "> 0 eV or null", width)
         if self.preset == "local":
