@@ -150,7 +150,11 @@ def summary(out: Path, steps: list[Step], seconds: list[float]) -> None:
         print(f"  {shown(step.makes):<48} {step.title}")
     for figure in sorted(out.rglob("*.png")):
         print(f"  {shown(figure)}")
-    print(f"  ({len(evaluation)} groups of numbers in evaluation.json)")
+    held, seen = evaluation["sets"]["held out"], evaluation["sets"]["seen"]
+    for text, numbers in (("slabs, never seen", held), ("frames like the training's", seen)):
+        rmse = numbers["forces_rmse_meV_per_Angstrom"]["value"]
+        ratio = numbers["calibration"]["force_std"]["size_ratio"]["value"]
+        print(f"  {text:<26} force RMSE {rmse:.0f} meV/Å, force_std predicted/true {ratio:.2f}")
 
 
 if __name__ == "__main__":
