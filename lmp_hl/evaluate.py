@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from lmp_hl import keys, metrics
 from lmp_hl.graph import Structure, graph_inputs
 from lmp_hl.metrics import Interval, RankCorrelation
+from lmp_hl.potential import edge_forces
 
 Array = NDArray[np.float64]
 
@@ -151,28 +152,6 @@ class Predictions:
 
 
 # prediction -------------------------------------------------------------------------------------
-def forces_and_virial(
-    edge_index: NDArray[np.int64], edge_vectors: Array, edge_gradients: Array, num_atoms: int
-) -> tuple[Array, Array]:
-    """Forces and sum of r_e g_e from the gradients g_e = dE/dr_e of edges r_e = r_j - r_i.
-
-    Args:
-        edge_index: (2, num_edges) centre i, neighbour j.
-        edge_vectors: (num_edges, 3) Å.
-        edge_gradients: (num_edges, 3) eV/Å.
-        num_atoms: atoms in the structure.
-
-    Returns:
-        forces (num_atoms, 3) eV/Å, F_i += g_e and F_j -= g_e, and the symmetric sum over edges of
-        r_e g_e (3, 3) eV, which divided by the volume is the stress.
-    """
-    forces = np.zeros((num_atoms, 3))
-    np.add.at(forces, edge_index[0], edge_gradients)
-    np.add.at(forces, edge_index[1], -edge_gradients)
-    outer = edge_vectors.T @ edge_gradients
-    return forces, (outer + outer.T) / 2
-
-
 def coordination(
     numbers: NDArray[np.int64], edge_index: NDArray[np.int64], distances: Array
 ) -> tuple[Array, Array]:
@@ -202,7 +181,8 @@ def _predict_frame(model: Model, frame: Frame) -> dict[str, Any]:
     edge_index = inputs[keys.EDGE_INDEX].numpy()
     vectors = inputs[keys.EDGE_VECTORS].numpy().astype(np.float64)
     gradients = outputs[keys.EDGE_GRADIENTS].astype(np.float64)
-    forces, virial = forces_and_virial(edge_index, vectors, gradients, len(numbers))
+    forces = edge_forces(inputs[keys.EDGE_INDEX], torch.from_numpy(gradients), len(numbers)).numpy()
+    outer = vectors.T @ gradients
     energy = outputs[keys.ENERGY].astype(np.float64)
     names = [name for name in model.fields if name != keys.ENERGY]
     fields = {name: outputs[name].astype(np.float64) for name in names}
@@ -216,7 +196,9 @@ def _predict_frame(model: Model, frame: Frame) -> dict[str, Any]:
     stress = stress_true = np.full((3, 3), np.nan)
     if frame.stress is not None:
         stress_true = np.asarray(frame.stress, dtype=np.float64)
-        stress = virial / abs(np.linalg.det(np.asarray(frame.cell, dtype=np.float64)))
+        stress = (
+            (outer + outer.T) / 2 / abs(np.linalg.det(np.asarray(frame.cell, dtype=np.float64)))
+        )
     return {
         "numbers": numbers,
         "energy": energy.sum(),

@@ -84,12 +84,12 @@ def energy_histogram(
     target_probs = histogram.hl_gauss(targets, head.edges, sigma)
     entropy = histogram.cross_entropy(target_probs, atoms.logits)
     probs = torch.softmax(atoms.logits.detach(), 1)
-    variance = histogram.variance(probs, head.offsets)
+    excess = histogram.excess_variance(probs, head.offsets, head.sigma_in_bins, 1.0)
     scale = 2.0 * atoms.tau2.detach()
     squared = (atoms.energy.double() - (atoms.energy.detach() + share[graph_of])).square()
     outside = histogram.outside_support(targets, head.edges)
     per_atom = torch.where(outside, squared, scale * (entropy - head.entropy_floor()).double())
-    excess = (variance - head.kernel_variance()).clamp(min=0.0).mean()
+    excess = excess.clamp(min=0.0).mean()
     return HistogramLoss(
         per_atom.sum() / batch[fr.NUM_ATOMS].shape[0],
         outside.double().mean(),
