@@ -18,6 +18,7 @@ from .graph import graph_inputs
 from .model_file import FORMAT_VERSION, load
 from .nn.heads import HistogramEnergy
 from .potential import FIELDS, Potential
+from .stages import Stages
 
 # largest deviation of the self-test: rounding on other hardware, not another model
 TOLERANCE = {"float32": 2e-4, "float64": 1e-9}
@@ -42,7 +43,6 @@ class ExportedPotential(nn.Module):
 
     def __init__(self, potential: Potential, elements: Sequence[str], card: dict[str, Any]) -> None:
         super().__init__()
-        self.potential = potential
         head = potential.energy_head
         self.format_version = FORMAT_VERSION
         self.elements = list(elements)
@@ -56,6 +56,7 @@ class ExportedPotential(nn.Module):
         self.fields = [keys.ENERGY] + [
             f for f in FIELDS if isinstance(head, HistogramEnergy) or f not in histogram_only
         ]
+        self.stages = Stages(potential, self.fields)
         self.field_units = [keys.FIELD_UNITS[field] for field in self.fields]
         self.selftest_tolerance = TOLERANCE[self.dtype]
         self.card = json.dumps(card, indent=1)
@@ -69,7 +70,7 @@ class ExportedPotential(nn.Module):
         self, inputs: dict[str, Tensor], with_fields: bool, keep_graph: bool
     ) -> dict[str, Tensor]:
         """Inputs of keys.py -> outputs of keys.py, see Potential.forward."""
-        return self.potential(inputs, with_fields, keep_graph)
+        return self.stages.potential(inputs, with_fields, keep_graph)
 
 
 def self_test_structure(elements: Sequence[str]) -> Atoms:
@@ -124,6 +125,7 @@ def export_potential(
         temporary = Path(file.name)
     try:
         temporary.write_bytes(buffer.getbuffer())
+        temporary.chmod(0o666 & ~_umask())  # a temporary file is its owner's alone
         load(temporary)
         os.replace(temporary, path)
     except OSError as error:
@@ -133,3 +135,9 @@ def export_potential(
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

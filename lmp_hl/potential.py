@@ -89,6 +89,10 @@ class Potential(nn.Module):
             out[keys.EXCESS_ENTROPY] = entropy - self.entropy_floor()
         return out
 
+    def total_energy(self, energy: AtomicEnergy, species: Tensor) -> Tensor:
+        """Per-atom energy with the element's reference, (num_atoms,) float64, eV."""
+        return energy.energy.double() + self.reference_energies.index_select(0, species)
+
     def entropy_floor(self) -> float:
         """Entropy of a perfect prediction of the energy head, nats; 0 for a scalar head."""
         return self.energy_head.entropy_floor()
@@ -119,7 +123,7 @@ class Potential(nn.Module):
         if gradient is None:
             gradient = torch.zeros_like(vectors)
         out = {
-            keys.ENERGY: energy.energy.double() + self.reference_energies.index_select(0, species),
+            keys.ENERGY: self.total_energy(energy, species),
             keys.EDGE_GRADIENTS: gradient,
         }
         if with_fields:

@@ -110,7 +110,7 @@ def altered(tiny_model, tmp_path, change):
 
 def test_self_test_notices_a_changed_weight(tiny_model, tmp_path):
     def change(module):
-        module.potential.energy_head.anchor.linear.bias.data.add_(1e-6)
+        module.stages.potential.energy_head.anchor.linear.bias.data.add_(1e-6)
 
     path = altered(tiny_model, tmp_path, change)
     with pytest.raises(ValueError, match=r"altered.pt: self-test failed: energy differs by .*e-0"):
@@ -119,7 +119,7 @@ def test_self_test_notices_a_changed_weight(tiny_model, tmp_path):
 
 def test_self_test_notices_nan(tiny_model, tmp_path):
     def change(module):
-        module.potential.distance.median.fill_(float("nan"))
+        module.stages.potential.distance.median.fill_(float("nan"))
 
     with pytest.raises(ValueError, match=r"self-test failed: .* differs by nan"):
         model_file.load(altered(tiny_model, tmp_path, change))

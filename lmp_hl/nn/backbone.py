@@ -97,10 +97,15 @@ class ElementDensity(nn.Module):
         self.center_element = nn.Parameter(torch.ones(num_elements, channels))
 
     def forward(
-        self, num_centers: int, species: Tensor, edge_index: Tensor, radial: Tensor, angular: Tensor
+        self,
+        center_species: Tensor,
+        species: Tensor,
+        edge_index: Tensor,
+        radial: Tensor,
+        angular: Tensor,
     ) -> Tensor:
-        """Edges of `num_centers` centres -> density ((l_max + 1)^2, num_centers, channels)."""
-        num_components = angular.shape[1]
+        """Edges of the centres -> density ((l_max + 1)^2, num_centers, channels)."""
+        num_centers, num_components = center_species.shape[0], angular.shape[1]
         terms = (angular.unsqueeze(2) * radial.unsqueeze(1)).flatten(1)
         slots = edge_index[0] * self.num_elements + species.index_select(0, edge_index[1])
         total = torch.zeros(
@@ -110,7 +115,7 @@ class ElementDensity(nn.Module):
         ).index_add(0, slots, terms)
         raw = total.reshape(num_centers, self.num_elements, num_components, self.num_radial)
         density = self.mix(self.scale(raw.permute(2, 0, 1, 3).flatten(2)))
-        return density * self.center_element.index_select(0, species[:num_centers])
+        return density * self.center_element.index_select(0, center_species)
 
 
 class MessageDensity(nn.Module):
@@ -136,13 +141,14 @@ class MessageDensity(nn.Module):
 
     def forward(
         self,
-        num_centers: int,
+        centers: Features,
         features: Features,
         edge_index: Tensor,
         radial: Tensor,
         angular: Tensor,
     ) -> Tensor:
         """Features of centres and neighbours -> density ((l_max + 1)^2, num_centers, channels)."""
+        num_centers = centers.scalars.shape[0]
         shape = (radial.shape[0], 3, self.l_max + 1, self.channels)
         weights = self.radial(radial).reshape(shape)
         s_j = self.scalars(features.scalars).index_select(0, edge_index[1]).unsqueeze(1)
@@ -158,7 +164,7 @@ class MessageDensity(nn.Module):
             device=radial.device,
         ).index_add(0, edge_index[0], message.flatten(1))
         raw = raw.reshape(num_centers, message.shape[1], self.channels).transpose(0, 1)
-        return self.mix(self.scale(raw)) + self.keep(features.tensors[:, :num_centers])
+        return self.mix(self.scale(raw)) + self.keep(centers.tensors)
 
 
 class ManyBody(nn.Module):
@@ -213,17 +219,17 @@ class MessageLayer(nn.Module):
 
     def forward(
         self,
-        num_centers: int,
-        species: Tensor,
+        center_species: Tensor,
+        centers: Features,
         features: Features,
         edge_index: Tensor,
         radial: Tensor,
         angular: Tensor,
     ) -> Features:
-        """Features of centres and neighbours -> features of the centres."""
-        density = self.density(num_centers, features, edge_index, radial, angular)
-        new = self.many_body(density, species[:num_centers])
-        return Features(features.scalars[:num_centers] + new.scalars, new.tensors)
+        """Features of centres and neighbours -> new features of the centres."""
+        density = self.density(centers, features, edge_index, radial, angular)
+        new = self.many_body(density, center_species)
+        return Features(centers.scalars + new.scalars, new.tensors)
 
 
 class Backbone(nn.Module):
@@ -263,23 +269,41 @@ class Backbone(nn.Module):
             for _ in range(num_layers - 1)
         )
 
+    def expand(self, edge_vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """(num_edges, 3) Å -> radial (num_edges, num_radial), angular (num_edges, components)."""
+        lengths = edge_vectors.pow(2).sum(1).sqrt()
+        return self.radial(lengths), self.angular(edge_vectors / lengths.unsqueeze(1))
+
+    def first_layer(
+        self,
+        center_species: Tensor,
+        species: Tensor,
+        edge_index: Tensor,
+        radial: Tensor,
+        angular: Tensor,
+    ) -> Features:
+        """Species of centres and of all nodes, edges of the centres -> features of the centres."""
+        density = self.element_density(center_species, species, edge_index, radial, angular)
+        return self.many_body(density, center_species)
+
     def forward(self, inputs: dict[str, Tensor]) -> Features:
         """Model inputs (keys.py) -> features of the owned atoms, differentiable in edge_vectors."""
         species = inputs[keys.SPECIES]
         edge_index = inputs[keys.EDGE_INDEX]
-        vectors = inputs[keys.EDGE_VECTORS]
         layer_nodes = inputs[keys.LAYER_NODES]
         layer_edges = inputs[keys.LAYER_EDGES]
-        lengths = vectors.pow(2).sum(1).sqrt()
-        radial = self.radial(lengths)
-        angular = self.angular(vectors / lengths.unsqueeze(1))
+        radial, angular = self.expand(inputs[keys.EDGE_VECTORS])
 
         n, e = int(layer_nodes[0]), int(layer_edges[0])
-        density = self.element_density(n, species, edge_index[:, :e], radial[:e], angular[:e])
-        features = self.many_body(density, species[:n])
+        features = self.first_layer(
+            species[:n], species, edge_index[:, :e], radial[:e], angular[:e]
+        )
         for t, layer in enumerate(self.message_layers):
             n, e = int(layer_nodes[t + 1]), int(layer_edges[t + 1])
-            features = layer(n, species, features, edge_index[:, :e], radial[:e], angular[:e])
+            centers = Features(features.scalars[:n], features.tensors[:, :n])
+            features = layer(
+                species[:n], centers, features, edge_index[:, :e], radial[:e], angular[:e]
+            )
         return features
 
 
