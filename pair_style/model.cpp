@@ -1,21 +1,19 @@
-// The TorchScript runtime of a potential: the only file that includes torch.
+// Evaluates a potential: edges, stages layer by layer, forces and virials, all as tensors on one
+// device; opens and checks its file.
 
 #include "model.h"
+#include "runtime.h"
 
 #include <ATen/Parallel.h>
 #include <torch/cuda.h>
 #include <torch/script.h>
 #include <torch/version.h>
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <fstream>
-#include <istream>
 #include <memory>
-#include <streambuf>
+#include <sstream>
 
 namespace HLGauss {
 
@@ -42,26 +40,30 @@ private:
   int saved;
 };
 
-class MemoryBuffer : public std::streambuf {
-public:
-  MemoryBuffer(const char *bytes, size_t size)
-  {
-    char *begin = const_cast<char *>(bytes);    // a get area is never written to
-    setg(begin, begin, begin + size);
-  }
+/// Counts the bytes of all tensors that are made while it lives, on any device.
+class MemoryMeter {
+  struct Counter : public c10::MemoryReportingInfoBase {
+    int64_t now = 0, peak = 0;
+    void reportMemoryUsage(void *, int64_t bytes, size_t, size_t, c10::Device) override
+    {
+      now += bytes;
+      peak = std::max(peak, now);
+    }
+    bool memoryProfilingEnabled() const override { return true; }
+  };
 
-protected:
-  pos_type seekoff(off_type offset, std::ios_base::seekdir dir, std::ios_base::openmode) override
+public:
+  MemoryMeter() :
+      counter(std::make_shared<Counter>()), guard(c10::DebugInfoKind::PROFILER_STATE, counter)
   {
-    char *base = dir == std::ios_base::beg ? eback() : dir == std::ios_base::cur ? gptr() : egptr();
-    if (base + offset < eback() || base + offset > egptr()) return pos_type(off_type(-1));
-    setg(eback(), base + offset, egptr());
-    return gptr() - eback();
   }
-  pos_type seekpos(pos_type position, std::ios_base::openmode mode) override
-  {
-    return seekoff(off_type(position), std::ios_base::beg, mode);
-  }
+  void restart() { counter->peak = counter->now; }
+  int64_t now() const { return counter->now; }
+  int64_t peak() const { return counter->peak; }
+
+private:
+  std::shared_ptr<Counter> counter;
+  c10::DebugInfoGuard guard;
 };
 
 std::string first_sentence(const std::string &text)
@@ -78,22 +80,6 @@ std::string last_line(const std::string &text)
   return text.substr(begin == std::string::npos ? 0 : begin + 1, end + 1 - (begin + 1));
 }
 
-/// Version of the libtorch found at run time, from the version.py beside its lib folder, or "".
-std::string runtime_torch_version()
-{
-  Dl_info info;
-  void *symbol = reinterpret_cast<void *>(&at::get_num_threads);
-  if (!dladdr(symbol, &info) || !info.dli_fname) return "";
-  std::string folder = info.dli_fname;
-  for (int level = 0; level < 2; ++level) folder = folder.substr(0, folder.rfind('/'));
-  std::ifstream file(folder + "/version.py");
-  const std::string key = "__version__ = '";
-  for (std::string line; std::getline(file, line);)
-    if (line.compare(0, key.size(), key) == 0)
-      return line.substr(key.size(), line.find('\'', key.size()) - key.size());
-  return "";
-}
-
 template <typename T> std::vector<T> list_attribute(torch::jit::Module &module, const char *name)
 {
   std::vector<T> values;
@@ -107,10 +93,69 @@ Tensor view(const std::vector<int64_t> &values)
                           torch::kInt64);
 }
 
-class TorchScriptModel : public Model {
+constexpr double CPU_BUDGET = 64.0 * 1024.0 * 1024.0;    // bytes; larger portions leave the caches
+constexpr double MEASURED_EDGES = 2000.0;                // enough to find bytes per edge and atom
+
+bool out_of_memory(const std::string &text)
+{
+  return text.find("out of memory") != std::string::npos ||
+         text.find("can't allocate memory") != std::string::npos;
+}
+
+/// Edges of one layer and what it needs of the nodes.
+struct Stage {
+  int layer;
+  int64_t num_centers;
+  Tensor species;               // (num_nodes,)
+  Tensor centers, neighbors;    // (num_edges,), centers in ascending order
+  Tensor vectors;               // (num_edges, 3)
+  Tensor features;              // (num_nodes, num_features), undefined in the first layer
+
+  int64_t num_edges() const { return centers.size(0); }
+
+  /// Inputs (lmp_hl/stages.py) of the centres from `begin` to `end`, whose edges are given.
+  Tensors inputs(int64_t begin, int64_t end, int64_t first_edge, int64_t last_edge) const
+  {
+    const auto part = [&](const Tensor &x) { return x.slice(0, first_edge, last_edge); };
+    const Tensor edge_index = torch::stack({part(centers) - begin, part(neighbors)});
+    Tensors all = {species.slice(0, begin, end)};
+    if (layer == 0) all.push_back(species);
+    all.push_back(edge_index);
+    all.push_back(part(vectors));
+    if (layer > 0) {
+      all.push_back(features.slice(0, begin, end));
+      all.push_back(features);
+    }
+    return all;
+  }
+};
+
+/// The structure stored in a model file, on the device.
+struct SelfTest {
+  SelfTest(const TensorDict &stored, torch::Device device, torch::Dtype dtype) :
+      species(stored.at("species").to(device)), centers(stored.at("edge_index")[0].to(device)),
+      neighbors(stored.at("edge_index")[1].to(device)),
+      vectors(stored.at("edge_vectors").to(device, dtype))
+  {
+  }
+
+  Tensor species, centers, neighbors, vectors;
+};
+
+void copy(const Tensor &tensor, std::vector<double> &values)
+{
+  const Tensor flat = tensor.to(torch::kCPU, torch::kFloat64).contiguous();
+  const double *begin = flat.data_ptr<double>();
+  values.assign(begin, begin + flat.numel());
+}
+
+class TorchModel : public Model {
 public:
-  TorchScriptModel(torch::jit::Module loaded, torch::Device where, int num_threads) :
-      module(std::move(loaded)), device(where), threads(num_threads)
+  TorchModel(const torch::jit::Module &loaded, std::unique_ptr<Runtime> stages, torch::Device where,
+             const LoadRequest &request) :
+      module(loaded),
+      runtime(std::move(stages)), device(where), threads(request.threads),
+      budget(request.memory * MIB), bytes_per_atom(0.0), bytes_per_edge(0.0), peak(0)
   {
     about.elements = list_attribute<std::string>(module, "elements");
     about.masses = list_attribute<double>(module, "masses");
@@ -120,48 +165,38 @@ public:
     about.card = module.attr("card").toStringRef();
     about.fields = list_attribute<std::string>(module, "fields");
     about.field_units = list_attribute<std::string>(module, "field_units");
+    about.num_features = (int) module.attr("stages").toModule().attr("num_features").toInt();
     dtype = about.dtype == "float64" ? torch::kFloat64 : torch::kFloat32;
+    if (budget == 0.0) budget = device.is_cpu() ? CPU_BUDGET : HUGE_VAL;
+    describe(request.local_rank, request.local_ranks);
   }
 
   const ModelInfo &info() const override { return about; }
-
-  void describe(const std::string &name, int local_rank, int local_ranks)
-  {
-    about.device = name;
-    std::string version = runtime_torch_version();
-    about.runtime = "TorchScript, torch " + (version.empty() ? TORCH_VERSION : version);
-    const std::string built = TORCH_VERSION;
-    if (!version.empty() &&
-        version.substr(0, version.find('+')) != built.substr(0, built.find('+')))
-      about.warning = "the plugin was built against torch " + built + " and runs with torch " +
-                      version + ": reinstall lmp-hl";
-    const int devices = device.is_cuda() ? (int) torch::cuda::device_count() : 0;
-    if (devices > 0 && local_ranks > devices && local_rank == 0)
-      about.warning += (about.warning.empty() ? "" : "; ") + std::to_string(local_ranks) +
-                       " ranks share " + std::to_string(devices) +
-                       " GPU(s) on a node: one rank per GPU is faster";
-  }
 
   /// One line about what differs from the outputs stored in the file, or "".
   std::string self_test()
   {
     ThreadGuard guard(threads);
     const double tolerance = module.attr("selftest_tolerance").toDouble();
-    const auto stored =
-        c10::impl::toTypedDict<std::string, Tensor>(module.attr("selftest_inputs").toGenericDict());
-    const auto expected = c10::impl::toTypedDict<std::string, Tensor>(
-        module.attr("selftest_outputs").toGenericDict());
-    TensorDict inputs;
-    for (const auto &item : stored) inputs.insert(item.key(), place(item.key(), item.value()));
+    const SelfTest test = {dict("selftest_inputs"), device, dtype};
     // the first calls of a scripted module are slow while it specializes: spend them here
-    run(inputs, false);
-    run(inputs, false);
-    const TensorDict outputs = run(inputs, true);
-    for (const auto &item : expected) {
+    evaluate_copies(test, 1, 1, false);
+    evaluate_copies(test, 1, 1, false);
+    const Outputs outputs = evaluate_copies(test, 1, 1, true);
+    for (const auto &item : dict("selftest_outputs")) {
       const std::string key = item.key();
-      if (!outputs.contains(key)) return "its output has no '" + key + "'";
+      const auto field = std::find(about.fields.begin(), about.fields.end(), key);
+      Tensor found;
+      if (key == "energy")
+        found = outputs.energy;
+      else if (key == "edge_gradients")
+        found = outputs.gradients;
+      else if (field != about.fields.end())
+        found = outputs.fields.at(field - about.fields.begin());
+      else
+        return "its output has no '" + key + "'";
       const Tensor want = item.value().to(torch::kCPU, torch::kFloat64);
-      const Tensor got = outputs.at(key).detach().to(torch::kCPU, torch::kFloat64);
+      const Tensor got = found.to(torch::kCPU, torch::kFloat64);
       if (want.sizes() != got.sizes()) return "'" + key + "' has another shape than stored";
       if (want.numel() == 0) continue;
       const double scale = std::max(1.0, want.abs().max().item<double>());
@@ -173,29 +208,36 @@ public:
     return "";
   }
 
-  bool evaluate(const Graph &graph, bool with_fields, Evaluation &result,
+  /// Finds out how much memory an atom and an edge take. Measured once, so that portions, and with
+  /// them the last digit of a sum, are the same in every run of a model.
+  void measure_memory()
+  {
+    ThreadGuard guard(threads);
+    const SelfTest test = {dict("selftest_inputs"), device, dtype};
+    const auto num_atoms = (double) test.species.numel();
+    const auto num_edges = (double) test.centers.numel();
+    if (num_edges == 0) return;
+    const int64_t copies = 1 + (int64_t) (MEASURED_EDGES / num_edges);
+    const auto bytes = [&](int64_t repeat) {
+      evaluate_copies(test, copies, repeat, true);
+      return (double) peak / (double) copies;
+    };
+    const double once = bytes(1), thrice = bytes(3);
+    bytes_per_edge = std::max(1.0, (thrice - once) / (2.0 * num_edges));
+    bytes_per_atom = std::max(1.0, (once - bytes_per_edge * num_edges) / num_atoms);
+  }
+
+  bool evaluate(const Graph &graph, const Request &request, Exchange *exchange, Evaluation &result,
                 std::string &error) override
   {
     try {
       ThreadGuard guard(threads);
-      const auto num_edges = (int64_t) graph.centers.size();
-      const Tensor vectors = torch::from_blob(const_cast<double *>(graph.vectors.data()),
-                                              {num_edges, 3}, torch::kFloat64);
-      TensorDict inputs;
-      inputs.insert("species", place("species", view(graph.species)));
-      inputs.insert("edge_index", place("edge_index", torch::stack({view(graph.centers),
-                                                                    view(graph.neighbors)})));
-      inputs.insert("edge_vectors", vectors.to(device, dtype));
-      inputs.insert("layer_nodes", view(graph.layer_nodes));
-      inputs.insert("layer_edges", view(graph.layer_edges));
-
-      const TensorDict outputs = run(inputs, with_fields);
-      if (!copy(outputs, "energy", graph.layer_nodes.back(), result.energy, error)) return false;
-      if (!copy(outputs, "edge_gradients", 3 * num_edges, result.gradients, error)) return false;
-      result.fields.resize(with_fields ? about.fields.size() : 0);
-      for (size_t k = 0; k < result.fields.size(); ++k)
-        if (!copy(outputs, about.fields[k], graph.layer_nodes.back(), result.fields[k], error))
-          return false;
+      MemoryMeter meter;
+      notice.clear();
+      peak = 0;
+      evaluate_graph(graph, request, exchange, result, meter);
+      result.peak_bytes = (double) peak;
+      result.notice = notice;
       return true;
     } catch (const c10::Error &e) {
       error = last_line(e.what_without_backtrace());
@@ -208,41 +250,250 @@ public:
   }
 
 private:
-  /// Layer sizes stay on the CPU, everything else goes to the device (keys.py).
-  Tensor place(const std::string &key, const Tensor &tensor) const
+  struct Outputs {
+    Tensor energy, gradients;    // (num_owned,), (num_edges, 3)
+    Tensors fields;
+  };
+
+  /// Copies of the self-test's structure side by side, every edge `repeat` times.
+  Outputs evaluate_copies(const SelfTest &test, int64_t copies, int64_t repeat, bool with_fields)
   {
-    return key.rfind("layer_", 0) == 0 ? tensor : tensor.to(device);
+    const int64_t num_atoms = test.species.numel();
+    const Tensor shift = torch::arange(copies, test.species.options()).unsqueeze(1) * num_atoms;
+    const auto nodes = [&](const Tensor &x) {
+      return (x.repeat_interleave(repeat).unsqueeze(0) + shift).flatten();
+    };
+    const std::vector<int64_t> layer_nodes(about.num_layers, copies * num_atoms);
+    const std::vector<int64_t> layer_edges(about.num_layers,
+                                           copies * repeat * test.centers.numel());
+    MemoryMeter meter;
+    peak = 0;
+    return evaluate_layers(test.species.repeat({copies}), nodes(test.centers),
+                           nodes(test.neighbors),
+                           test.vectors.repeat_interleave(repeat, 0).repeat({copies, 1}),
+                           layer_nodes, layer_edges, with_fields, nullptr, meter);
   }
 
-  TensorDict run(const TensorDict &inputs, bool with_fields)
+  TensorDict dict(const char *name) const
   {
-    const c10::IValue output = module.forward({inputs, with_fields, false});
-    return c10::impl::toTypedDict<std::string, Tensor>(output.toGenericDict());
+    return c10::impl::toTypedDict<std::string, Tensor>(module.attr(name).toGenericDict());
   }
 
-  static bool copy(const TensorDict &outputs, const std::string &key, int64_t size,
-                   std::vector<double> &values, std::string &error)
+  void describe(int local_rank, int local_ranks)
   {
-    if (!outputs.contains(key)) {
-      error = "its output has no '" + key + "'";
-      return false;
-    }
-    const Tensor tensor = outputs.at(key).detach().to(torch::kCPU, torch::kFloat64).contiguous();
-    if (tensor.numel() != size) {
-      error = "'" + key + "' has " + std::to_string(tensor.numel()) + " values instead of " +
-              std::to_string(size);
-      return false;
-    }
-    const double *begin = tensor.data_ptr<double>();
-    values.assign(begin, begin + size);
-    return true;
+    about.device = device.str();
+    const std::string version = runtime_torch_version();
+    about.runtime = runtime->name() + ", torch " + (version.empty() ? TORCH_VERSION : version);
+    const std::string built = TORCH_VERSION;
+    if (!version.empty() &&
+        version.substr(0, version.find('+')) != built.substr(0, built.find('+')))
+      about.warning = "the plugin was built against torch " + built + " and runs with torch " +
+                      version + ": reinstall lmp-hl";
+    const int devices = device.is_cuda() ? (int) torch::cuda::device_count() : 0;
+    if (devices > 0 && local_ranks > devices && local_rank == 0)
+      about.warning += (about.warning.empty() ? "" : "; ") + std::to_string(local_ranks) +
+                       " ranks share " + std::to_string(devices) +
+                       " GPU(s) on a node: one rank per GPU is faster";
   }
+
+  /// Positions to edges, stages, then forces F_i += g_e, F_j -= g_e and virials -r_e g_e for each
+  /// edge e from i to j with r_e = r_j - r_i and g_e = dE/dr_e.
+  void evaluate_graph(const Graph &graph, const Request &request, Exchange *exchange,
+                      Evaluation &result, MemoryMeter &meter)
+  {
+    const auto num_nodes = (int64_t) graph.species.size();
+    if (!graph.same_edges || !edges_centers.defined()) {
+      edges_centers = view(graph.centers).to(device);
+      edges_neighbors = view(graph.neighbors).to(device);
+    }
+    Tensor centers = edges_centers, neighbors = edges_neighbors;
+    const Tensor positions = torch::from_blob(const_cast<double *>(graph.positions.data()),
+                                              {num_nodes, 3}, torch::kFloat64)
+                                 .to(device);
+    Tensor r = positions.index_select(0, neighbors) - positions.index_select(0, centers);
+    std::vector<int64_t> layer_edges = graph.layer_edges;
+    if (graph.candidates) {
+      const Tensor kept = torch::nonzero(r.square().sum(1) < about.cutoff * about.cutoff).flatten();
+      const Tensor bounds = torch::searchsorted(kept, view(graph.layer_edges).to(device)).cpu();
+      layer_edges.assign(bounds.data_ptr<int64_t>(), bounds.data_ptr<int64_t>() + bounds.numel());
+      r = r.index_select(0, kept);
+      centers = centers.index_select(0, kept);
+      neighbors = neighbors.index_select(0, kept);
+    }
+    result.num_edges = layer_edges.back();
+    const Outputs found =
+        evaluate_layers(view(graph.species).to(device), centers, neighbors, r.to(dtype),
+                        graph.layer_nodes, layer_edges, request.fields, exchange, meter);
+
+    const Tensor g = found.gradients.to(torch::kFloat64);
+    const auto on_nodes = [&](int64_t width) {
+      return torch::zeros({num_nodes, width}, g.options());
+    };
+    copy(on_nodes(3).index_add_(0, centers, g).index_add_(0, neighbors, -g), result.forces);
+    copy(found.energy, result.energy);
+    if (request.virial) {
+      // of one edge r and g need not be parallel, the sum is symmetric
+      const Tensor sum = -torch::matmul(r.t(), g).cpu();
+      const double *w = sum.data_ptr<double>();
+      const double symmetric[6] = {
+          w[0], w[4], w[8], 0.5 * (w[1] + w[3]), 0.5 * (w[2] + w[6]), 0.5 * (w[5] + w[7])};
+      std::copy(symmetric, symmetric + 6, result.virial);
+    }
+    if (request.atom_virials || request.centroid_virials) {
+      const Tensor w = -(r.unsqueeze(2) * g.unsqueeze(1)).flatten(1);
+      const auto order = [&](const std::vector<int64_t> &columns) {
+        return w.index_select(1, view(columns).to(device));
+      };
+      if (request.atom_virials) {
+        const Tensor half = 0.25 * (order({0, 4, 8, 1, 2, 5}) + order({0, 4, 8, 3, 6, 7}));
+        copy(on_nodes(6).index_add_(0, centers, half).index_add_(0, neighbors, half),
+             result.atom_virials);
+      }
+      if (request.centroid_virials)
+        copy(on_nodes(9).index_add_(0, neighbors, order({0, 4, 8, 1, 2, 5, 3, 6, 7})),
+             result.centroid_virials);
+    }
+    result.fields.resize(found.fields.size());
+    for (size_t k = 0; k < found.fields.size(); k++) copy(found.fields[k], result.fields[k]);
+  }
+
+  /// Layer by layer forwards, then the gradients layer by layer backwards. Between two layers an
+  /// exchange takes features of owned atoms to the other ranks, and gradients back.
+  Outputs evaluate_layers(const Tensor &species, const Tensor &centers, const Tensor &neighbors,
+                          const Tensor &vectors, const std::vector<int64_t> &layer_nodes,
+                          const std::vector<int64_t> &layer_edges, bool with_fields,
+                          Exchange *exchange, MemoryMeter &meter)
+  {
+    const int last = about.num_layers - 1;
+    std::vector<Stage> stages;
+    Tensor features;
+    for (int t = 0; t <= last; t++) {
+      const auto edges = [&](const Tensor &x) { return x.slice(0, 0, layer_edges[t]); };
+      stages.push_back(
+          {t, layer_nodes[t], species, edges(centers), edges(neighbors), edges(vectors), features});
+      if (t == last) break;
+      features = torch::empty({layer_nodes[t], about.num_features}, vectors.options());
+      in_portions(stages[t], meter,
+                  [&](int64_t begin, int64_t end, int64_t, int64_t, const Tensors &inputs) {
+                    features.slice(0, begin, end).copy_(runtime->layer(t, inputs).detach());
+                  });
+      if (exchange) features = exchanged(features, species.size(0), *exchange);
+    }
+
+    Outputs out;
+    out.energy = torch::zeros({layer_nodes[last]}, vectors.options().dtype(torch::kFloat64));
+    out.gradients = torch::zeros_like(vectors);
+    if (with_fields)
+      for (size_t k = 0; k < about.fields.size(); k++) out.fields.push_back(out.energy.clone());
+    Tensor gradients = last > 0 ? torch::zeros_like(features) : Tensor();
+    in_portions(
+        stages[last], meter,
+        [&](int64_t begin, int64_t end, int64_t first, int64_t stop, const Tensors &inputs) {
+          const Tensors found = runtime->final(inputs, with_fields);
+          out.energy.slice(0, begin, end).copy_(found.at(0));
+          out.gradients.slice(0, first, stop).add_(found.at(1));
+          if (last > 0) {
+            gradients.slice(0, begin, end).add_(found.at(2));
+            gradients.add_(found.at(3));
+          }
+          for (size_t k = 0; k < out.fields.size(); k++)
+            out.fields[k]
+                .slice(0, begin, end)
+                .copy_(found.at(found.size() - out.fields.size() + k));
+        });
+
+    for (int t = last - 1; t >= 0; t--) {
+      if (exchange) gradients = gathered(gradients, layer_nodes[t], *exchange);
+      Tensor before = t > 0 ? torch::zeros_like(stages[t].features) : Tensor();
+      in_portions(
+          stages[t], meter,
+          [&](int64_t begin, int64_t end, int64_t first, int64_t stop, const Tensors &inputs) {
+            const Tensors found = runtime->layer_vjp(t, inputs, gradients.slice(0, begin, end));
+            out.gradients.slice(0, first, stop).add_(found.at(0));
+            if (t > 0) {
+              before.slice(0, begin, end).add_(found.at(1));
+              before.add_(found.at(2));
+            }
+          });
+      gradients = before;
+    }
+    return out;
+  }
+
+  /// Features of the owned atoms -> of all nodes.
+  Tensor exchanged(const Tensor &features, int64_t num_nodes, Exchange &exchange) const
+  {
+    Tensor all = torch::zeros({num_nodes, about.num_features}, torch::kFloat64);
+    all.slice(0, 0, features.size(0)).copy_(features);
+    exchange.forward(all.data_ptr<double>(), about.num_features);
+    return all.to(device, dtype);
+  }
+
+  /// Gradients of the features of all nodes -> their sums on the owned atoms.
+  Tensor gathered(const Tensor &gradients, int64_t num_owned, Exchange &exchange) const
+  {
+    const Tensor all = gradients.to(torch::kCPU, torch::kFloat64).contiguous();
+    exchange.reverse(all.data_ptr<double>(), about.num_features);
+    return all.slice(0, 0, num_owned).to(device, dtype);
+  }
+
+  /// Bytes of one portion of a stage.
+  double cost(int64_t num_centers, int64_t num_edges) const
+  {
+    return bytes_per_atom * (double) num_centers + bytes_per_edge * (double) num_edges;
+  }
+
+  /// Calls evaluate(begin, end, first_edge, last_edge, inputs) for portions of a stage's centres
+  /// that fit into the memory; when one does not, again with portions of half the size.
+  template <typename Evaluate>
+  void in_portions(const Stage &stage, MemoryMeter &meter, const Evaluate &evaluate)
+  {
+    if (stage.num_centers == 0) return;
+    int64_t begin = 0, first = 0;
+    Tensor ends;    // (num_centers,), on the CPU: number of edges up to and with each centre
+    while (begin < stage.num_centers) {
+      int64_t end = stage.num_centers, stop = stage.num_edges();
+      if (cost(end - begin, stop - first) > budget) {
+        if (!ends.defined())
+          ends = torch::searchsorted(stage.centers.contiguous(),
+                                     torch::arange(1, end + 1, stage.centers.options()))
+                     .cpu();
+        const int64_t *upto = ends.data_ptr<int64_t>();
+        for (end = begin + 1; end < stage.num_centers; end++)
+          if (cost(end + 1 - begin, upto[end] - first) > budget) break;
+        stop = upto[end - 1];
+      }
+      try {
+        evaluate(begin, end, first, stop, stage.inputs(begin, end, first, stop));
+      } catch (const std::exception &e) {
+        if (!out_of_memory(e.what())) throw;
+        TORCH_CHECK(end - begin > 1, "out of memory on ", about.device, " for a single atom with ",
+                    stop - first, " edges: use a smaller model or a device with more memory");
+        budget = 0.5 * cost(end - begin, stop - first);
+        notice = "out of memory on " + about.device + " with " + std::to_string(end - begin) +
+                 " atoms and " + std::to_string(stop - first) + " edges at once; from now on " +
+                 std::to_string((end - begin) / 2) + " atoms at once: to avoid this give 'memory " +
+                 std::to_string((int64_t) (budget / MIB)) + "' in pair_style";
+        continue;
+      }
+      begin = end;
+      first = stop;
+    }
+    peak = std::max(peak, meter.peak());
+  }
+
+  static constexpr double MIB = 1024.0 * 1024.0;
 
   ModelInfo about;
   torch::jit::Module module;
+  std::unique_ptr<Runtime> runtime;
   torch::Device device;
   torch::Dtype dtype;
   int threads;
+  double budget, bytes_per_atom, bytes_per_edge;
+  Tensor edges_centers, edges_neighbors;    // on the device, of the last graph
+  int64_t peak;
+  std::string notice;
 };
 
 /// Device named by the request; an empty optional with `error` set if it does not exist here.
@@ -285,10 +536,13 @@ Model *load(const LoadRequest &request, std::string &error)
   if (!device) return nullptr;
 
   ThreadGuard guard(request.threads);
+  const std::string bytes(request.bytes, request.size);
+  std::string script;
   torch::jit::Module module;
+  bool compiled = false;
   try {
-    MemoryBuffer buffer(request.bytes, request.size);
-    std::istream stream(&buffer);
+    compiled = is_compiled(bytes, script);
+    std::istringstream stream(compiled ? script : bytes);
     module = torch::jit::load(stream, *device);
   } catch (const c10::Error &e) {
     error = "not a TorchScript file or damaged (" + first_sentence(e.what_without_backtrace()) +
@@ -300,27 +554,33 @@ Model *load(const LoadRequest &request, std::string &error)
     return nullptr;
   }
   const int64_t version = module.attr("format_version").toInt();
-  if (version > MODEL_FORMAT_VERSION) {
-    error = "format version " + std::to_string(version) + " is newer than " +
-            std::to_string(MODEL_FORMAT_VERSION) + ", the newest this plugin reads: update lmp-hl";
+  if (version != MODEL_FORMAT_VERSION) {
+    error = "format version " + std::to_string(version) + ", this plugin reads version " +
+            std::to_string(MODEL_FORMAT_VERSION) +
+            (version > MODEL_FORMAT_VERSION ? ": update lmp-hl"
+                                            : ": export the model again with 'lmp-hl export'");
     return nullptr;
   }
   for (const char *name :
-       {"elements", "masses", "cutoff", "num_layers", "dtype", "fields", "field_units",
+       {"elements", "masses", "cutoff", "num_layers", "dtype", "fields", "field_units", "stages",
         "selftest_inputs", "selftest_outputs", "selftest_tolerance"})
     if (!module.hasattr(name)) {
       error = std::string("the file has no attribute '") + name + "': export it again";
       return nullptr;
     }
   module.eval();
-  auto model = std::make_unique<TorchScriptModel>(module, *device, request.threads);
-  model->describe(device->str(), request.local_rank, request.local_ranks);
+  const int num_layers = (int) module.attr("num_layers").toInt();
+  auto runtime =
+      compiled ? compiled_runtime(bytes, num_layers, *device, error) : scripted_runtime(module);
+  if (!runtime) return nullptr;
+  auto model = std::make_unique<TorchModel>(module, std::move(runtime), *device, request);
   const std::string difference = model->self_test();
   if (!difference.empty()) {
     error = "self-test failed on " + device->str() + ": " + difference +
             "; export the model again with this torch";
     return nullptr;
   }
+  model->measure_memory();
   return model.release();
 }
 

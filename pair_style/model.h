@@ -1,6 +1,6 @@
-// A potential read from hl.pt, as the pair style sees it: a graph in, energies and gradients out.
-// Implemented in model.cpp, the only file that knows torch, and reached through
-// libhlgauss_torch.so.
+// A potential read from hl.pt or hl.pt2, as the pair style sees it: atoms and edges in; energies,
+// forces, virials and fields out. Implemented in model.cpp and runtime.cpp, the only files that
+// know torch, and reached through libhlgauss_torch.so.
 
 #ifndef LMP_HLGAUSS_MODEL_H
 #define LMP_HLGAUSS_MODEL_H
@@ -12,7 +12,7 @@
 
 namespace HLGauss {
 
-constexpr int MODEL_FORMAT_VERSION = 1;    // newest format_version of hl.pt this code reads
+constexpr int MODEL_FORMAT_VERSION = 2;    // the format_version of hl.pt this code reads
 
 struct ModelInfo {
   std::vector<std::string> elements;
@@ -24,23 +24,52 @@ struct ModelInfo {
   std::vector<std::string> field_units;    // one per field
   std::string card;                        // JSON: what the model says about itself
   std::string runtime;                     // e.g. "TorchScript, torch 2.13.0"
+  int num_features;                        // of an atom, between two layers; 0 if strictly local
   std::string device;                      // e.g. "cpu" or "cuda:0 (NVIDIA H200)"
   std::string warning;                     // one line about versions or a shared device, or empty
 };
 
-/// Inputs of one evaluation; keys, order of nodes and order of edges as in lmp_hl/keys.py.
+/// Inputs of one evaluation; order of nodes and edges as in lmp_hl/keys.py.
 struct Graph {
   std::vector<int64_t> species;                     // (num_nodes), owned atoms first
+  std::vector<double> positions;                    // (num_nodes, 3), Angstrom
   std::vector<int64_t> centers;                     // (num_edges), node i
   std::vector<int64_t> neighbors;                   // (num_edges), node j
-  std::vector<double> vectors;                      // (num_edges, 3), r_j - r_i, Angstrom
   std::vector<int64_t> layer_nodes, layer_edges;    // (num_layers)
+  bool candidates;    // edges may be longer than the cutoff: to be filtered on the device
+  bool same_edges;    // candidates are those of the call before: the device still has them
+
+  int64_t num_owned() const { return layer_nodes.back(); }
+};
+
+struct Request {
+  bool fields;
+  bool virial;              // of the whole structure
+  bool atom_virials;        // half of each edge to either end
+  bool centroid_virials;    // each edge to its neighbour, for the heat flux
 };
 
 struct Evaluation {
   std::vector<double> energy;                 // (num_owned), eV
-  std::vector<double> gradients;              // (num_edges, 3), dE/d(vectors), eV/Angstrom
+  std::vector<double> forces;                 // (num_nodes, 3), eV/Angstrom
+  double virial[6];                           // eV; xx yy zz xy xz yz
+  std::vector<double> atom_virials;           // (num_nodes, 6), if asked for
+  std::vector<double> centroid_virials;       // (num_nodes, 9), xx yy zz xy xz yz yx zx zy
   std::vector<std::vector<double>> fields;    // one (num_owned) row per field, if asked for
+  int64_t num_edges;                          // within the cutoff
+  double peak_bytes;                          // most memory in use by tensors
+  std::string notice;                         // one line about what was done differently, or empty
+};
+
+/// Carries per-node numbers between ranks. Every rank calls these equally often, also without
+/// atoms.
+class Exchange {
+public:
+  virtual ~Exchange() = default;
+  /// `values` (num_nodes, width): rows of owned atoms are sent to the other nodes that are they.
+  virtual void forward(double *values, int width) = 0;
+  /// Adds the rows of the other nodes to those of the owned atoms that they are.
+  virtual void reverse(double *values, int width) = 0;
 };
 
 class Model {
@@ -48,9 +77,10 @@ public:
   virtual ~Model() = default;
   virtual const ModelInfo &info() const = 0;
 
-  /// Fills `result`; false with a one-line `error` if the model failed. Throws nothing.
-  virtual bool evaluate(const Graph &graph, bool with_fields, Evaluation &result,
-                        std::string &error) = 0;
+  /// Fills `result`; false with a one-line `error` if the model failed. Throws nothing. With an
+  /// exchange all layers are evaluated for owned atoms only.
+  virtual bool evaluate(const Graph &graph, const Request &request, Exchange *exchange,
+                        Evaluation &result, std::string &error) = 0;
 };
 
 struct LoadRequest {
@@ -59,7 +89,8 @@ struct LoadRequest {
   const char *device;    // "auto", "cpu", "cuda" or "cuda:N"
   int local_rank;        // rank among the `local_ranks` ranks of this node
   int local_ranks;
-  int threads;    // CPU threads of torch for this rank
+  int threads;      // CPU threads of torch for this rank
+  double memory;    // MiB that tensors of one evaluation may take, or 0: the device's default
 };
 
 /// The model, self-tested on its device, or nullptr with a one-line `error`. Throws nothing.

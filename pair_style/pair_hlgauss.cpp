@@ -21,7 +21,6 @@
 #include <climits>
 #include <cmath>
 #include <cstring>
-#include <unordered_map>
 
 using namespace LAMMPS_NS;
 
@@ -64,9 +63,10 @@ void broadcast(std::string &bytes, MPI_Comm world)
 /* ---------------------------------------------------------------------- */
 
 PairHLGauss::PairHLGauss(LAMMPS *lmp) :
-    Pair(lmp), model_size(0), log_pending(false), energy_unit(1.0), fields_step(-1),
-    num_evaluations(0), num_with_fields(0), num_edges_seen(0), num_centers_seen(0), time_graph(0.0),
-    time_model(0.0), time_tally(0.0)
+    Pair(lmp), memory_limit(0.0), exchange_features(true), edges_on_device(false), model_size(0),
+    log_pending(false), energy_unit(1.0), fields_step(-1), num_evaluations(0), num_with_fields(0),
+    num_edges_seen(0), num_centers_seen(0), time_graph(0.0), time_model(0.0), time_tally(0.0),
+    peak_bytes(0.0)
 {
   single_enable = 0;
   restartinfo = 0;
@@ -121,29 +121,39 @@ std::vector<PairHLGauss *> PairHLGauss::find_all(LAMMPS *lmp)
 
 void PairHLGauss::settings(int narg, char **arg)
 {
-  const std::string got = join(std::vector<std::string>(arg, arg + narg));
-  const bool other = narg > 2 && strcmp(arg[2], "device") != 0;
-  if (narg < 2 || narg == 3 || narg > 4 || strcmp(arg[0], "model") != 0 || other)
-    error->all(
-        FLERR,
-        "pair_style mliap/hlgauss: expected 'model FILE [device auto|cpu|cuda|cuda:N]', got "
-        "'{}'; to change between LAMMPS's own mliap and this one, first give 'pair_style none'",
-        got);
-  const std::string device = narg == 4 ? arg[3] : "auto";
-  if (!is_device(device))
-    error->all(FLERR,
-               "pair_style mliap/hlgauss: device must be auto, cpu, cuda or cuda:N, got '{}'",
-               device);
+  const std::string usage = fmt::format(
+      "expected 'model FILE [device auto|cpu|cuda|cuda:N] [memory MIB] [comm exchange|extended] "
+      "[edges host|device]', got '{}'; to change between LAMMPS's own mliap and this one, first "
+      "give 'pair_style none'",
+      join(std::vector<std::string>(arg, arg + narg)));
+  if (narg < 2 || narg % 2 == 1 || strcmp(arg[0], "model") != 0)
+    error->all(FLERR, "pair_style mliap/hlgauss: {}", usage);
   model_path = arg[1];
-  const std::string bytes = read_model_file();
-
-  MPI_Comm node;
-  int local_rank, local_ranks;
-  MPI_Comm_split_type(world, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node);
-  MPI_Comm_rank(node, &local_rank);
-  MPI_Comm_size(node, &local_ranks);
-  MPI_Comm_free(&node);
-  load_model(bytes, device, local_rank, local_ranks);
+  device = "auto";
+  memory_limit = 0.0;
+  exchange_features = true;
+  std::string edges;
+  for (int k = 2; k < narg; k += 2) {
+    const std::string key = arg[k], value = arg[k + 1];
+    if (key == "device" && is_device(value))
+      device = value;
+    else if (key == "memory")
+      memory_limit = utils::numeric(FLERR, value, false, lmp);
+    else if (key == "comm" && (value == "exchange" || value == "extended"))
+      exchange_features = value == "exchange";
+    else if (key == "edges" && (value == "host" || value == "device"))
+      edges = value;
+    else
+      error->all(FLERR, "pair_style mliap/hlgauss: cannot use '{} {}': {}", key, value, usage);
+  }
+  if (memory_limit < 0.0)
+    error->all(FLERR, "pair_style mliap/hlgauss: memory must be positive (MiB), got {:g}",
+               memory_limit);
+  load_model(read_model_file());
+  edges_on_device = edges.empty() ? model->info().device.rfind("cuda", 0) == 0 : edges == "device";
+  // hybrid reads these right after the settings of its styles
+  const int width = model->info().num_layers > 1 && exchange_features ? FeatureExchange::SLICE : 0;
+  comm_forward = comm_reverse = width;
 }
 
 std::string PairHLGauss::read_model_file()
@@ -170,17 +180,23 @@ std::string PairHLGauss::read_model_file()
   return bytes;
 }
 
-void PairHLGauss::load_model(const std::string &bytes, const std::string &device, int local_rank,
-                             int local_ranks)
+void PairHLGauss::load_model(const std::string &bytes)
 {
+  MPI_Comm node;
+  int local_rank, local_ranks;
+  MPI_Comm_split_type(world, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node);
+  MPI_Comm_rank(node, &local_rank);
+  MPI_Comm_size(node, &local_ranks);
+  MPI_Comm_free(&node);
+
   std::string problem;
   void *library = HLGauss::open_beside_plugin(HLGauss::TORCH_LIBRARY, problem);
   if (!library)
     problem += fmt::format(" (built against torch {})", HLGAUSS_TORCH_VERSION);
   else if (auto load = reinterpret_cast<HLGauss::LoadModel>(
                HLGauss::find_symbol(library, HLGauss::LOAD_MODEL_SYMBOL, problem))) {
-    const HLGauss::LoadRequest request = {bytes.data(), bytes.size(), device.c_str(),
-                                          local_rank,   local_ranks,  comm->nthreads};
+    const HLGauss::LoadRequest request = {bytes.data(), bytes.size(),   device.c_str(), local_rank,
+                                          local_ranks,  comm->nthreads, memory_limit};
     model.reset(load(request, problem));
     if (!model) problem = model_path + ": " + problem;
   }
@@ -193,7 +209,9 @@ void PairHLGauss::load_model(const std::string &bytes, const std::string &device
   field_flags.assign(info.fields.size(), 0);
   field_values.assign(info.fields.size(), {});
   fields_step = -1;
-  ghostneigh = info.num_layers > 1 ? 1 : 0;
+  ghostneigh = info.num_layers > 1 && !exchange_features ? 1 : 0;
+  // a neighbour's energy reaches an atom in one step only where no messages pass
+  centroidstressflag = info.num_layers > 1 ? CENTROID_NOTAVAIL : CENTROID_AVAIL;
   type_to_element.clear();
   if (!info.warning.empty() && local_rank == 0) error->warning(FLERR, "hlgauss: {}", info.warning);
   const std::string built = HLGAUSS_LAMMPS_VERSION;    // a date as number or as LAMMPS prints it
@@ -277,10 +295,11 @@ void PairHLGauss::init_style()
                "pair_style mliap/hlgauss: wanted 'units metal' or 'units real', got 'units {}'",
                update->unit_style);
   check_special_bonds();
+  check_heat_flux();
   check_masses();
 
   int request = NeighConst::REQ_FULL;
-  if (model->info().num_layers > 1) {
+  if (ghostneigh) {
     request |= NeighConst::REQ_GHOST;    // ghosts near the border need their neighbours too
     extend_ghosts();
   }
@@ -289,7 +308,23 @@ void PairHLGauss::init_style()
   log_pending = false;
 
   num_evaluations = num_with_fields = num_edges_seen = num_centers_seen = 0;
-  time_graph = time_model = time_tally = 0.0;
+  time_graph = time_model = time_tally = peak_bytes = exchange.seconds = 0.0;
+}
+
+/// stress/atom shares an edge among its ends, which is not how energy flows.
+void PairHLGauss::check_heat_flux()
+{
+  if (modify->get_compute_by_style("heat/flux").empty()) return;
+  if (model->info().num_layers > 1)
+    error->all(
+        FLERR,
+        "compute heat/flux: {} passes messages, for which no heat flux is implemented; use a "
+        "strictly local model",
+        model_path);
+  if (modify->get_compute_by_style("centroid/stress/atom").empty())
+    error->all(FLERR,
+               "compute heat/flux: wanted 'compute centroid/stress/atom', got stress/atom, whose "
+               "heat flux is wrong for many-body potentials");
 }
 
 /// Bonded neighbours must be in the list: a many-body potential sees all atoms within its cutoff.
@@ -356,9 +391,13 @@ void PairHLGauss::log_summary()
   text += fmt::format("  sha256    {}\n", model_hash);
   text += fmt::format("  runtime   {}, device {}, {}, {} thread(s) per rank\n", info.runtime,
                       info.device, info.dtype, comm->nthreads);
-  text += fmt::format("  cutoff    {:g} Angstrom, {} layer(s), ghost shell {:g} Angstrom\n",
-                      info.cutoff, info.num_layers,
-                      std::max(comm->cutghostuser, info.cutoff + neighbor->skin));
+  text +=
+      fmt::format("  cutoff    {:g} Angstrom, {} layer(s){}, ghost shell {:g} Angstrom\n",
+                  info.cutoff, info.num_layers,
+                  info.num_layers == 1 ? ""
+                  : exchange_features  ? fmt::format(", {} features exchanged", info.num_features)
+                                       : ", extended ghosts",
+                  std::max(comm->cutghostuser, info.cutoff + neighbor->skin));
   text += "  fields   ";
   for (size_t k = 0; k < info.fields.size(); k++)
     text += fmt::format(" {} [{}]", info.fields[k], info.field_units[k]);
@@ -398,10 +437,10 @@ int PairHLGauss::add_node(int i)
   return node_of_atom[i];
 }
 
-void PairHLGauss::add_edges(int node)
+void PairHLGauss::add_edges(int node, double cutoff)
 {
   const double *const *const x = atom->x;
-  const double cutoffsq = model->info().cutoff * model->info().cutoff;
+  const double cutoffsq = cutoff * cutoff;
   const int i = atom_of_node[node];
   const int *const neighbors = list->firstneigh[i];
   const int num_neighbors = list->numneigh[i];
@@ -413,101 +452,104 @@ void PairHLGauss::add_edges(int node)
     const double dz = x[j][2] - x[i][2];
     if (dx * dx + dy * dy + dz * dz >= cutoffsq) continue;    // the list also holds the skin
     graph.centers.push_back(node);
-    graph.neighbors.push_back(add_node(image_of.empty() ? j : image_of[j]));
-    graph.vectors.insert(graph.vectors.end(), {dx, dy, dz});
-    edge_neighbor_atoms.push_back(j);
+    graph.neighbors.push_back(add_node(j));
   }
 }
 
 void PairHLGauss::build_graph()
 {
   const int num_layers = model->info().num_layers;
-  const int num_atoms = atom->nlocal + atom->nghost;
+  // on the device edges change with LAMMPS's list, and where a swap changed what an atom is
+  graph.candidates = edges_on_device;
+  graph.same_edges = edges_on_device && neighbor->ago > 0;
+  for (size_t node = 0; graph.same_edges && node < atom_of_node.size(); node++)
+    graph.same_edges = graph.species[node] == element_of(atom_of_node[node]);
 
-  graph.species.clear();
-  graph.centers.clear();
-  graph.neighbors.clear();
-  graph.vectors.clear();
-  graph.layer_nodes.assign(num_layers, 0);
-  graph.layer_edges.assign(num_layers, 0);
-  atom_of_node.clear();
-  edge_neighbor_atoms.clear();
-  node_of_atom.assign(num_atoms, -1);
+  if (!graph.same_edges) {
+    graph.species.clear();
+    graph.centers.clear();
+    graph.neighbors.clear();
+    graph.layer_nodes.assign(num_layers, 0);
+    graph.layer_edges.assign(num_layers, 0);
+    atom_of_node.clear();
+    node_of_atom.assign(atom->nlocal + atom->nghost, -1);
+    for (int ii = 0; ii < list->inum; ii++)
+      if (element_of(list->ilist[ii]) >= 0) add_node(list->ilist[ii]);
 
-  // images of one atom have the same surroundings, hence the same features: with messages to pass
-  // an owned atom is the node of its own ghosts too; ghosts of other ranks are nodes of their own
-  image_of.clear();
-  if (num_layers > 1) {
-    image_of.resize(num_atoms);
-    std::unordered_map<tagint, int> owner;
-    if (atom->tag_enable)
-      for (int i = 0; i < atom->nlocal; i++) owner.emplace(atom->tag[i], i);
-    for (int i = 0; i < num_atoms; i++) {
-      const auto found = atom->tag_enable ? owner.find(atom->tag[i]) : owner.end();
-      image_of[i] = found == owner.end() ? i : found->second;
+    // with extended ghosts layer t computes the atoms at most num_layers - 1 - t hops away from an
+    // owned one; where features are exchanged every layer computes the owned ones
+    const double cutoff = edges_on_device ? HUGE_VAL : model->info().cutoff;
+    const size_t num_owned = atom_of_node.size();
+    size_t centers_done = 0;
+    for (int hop = 0; hop < num_layers; hop++) {
+      const size_t num_centers = exchange_features ? num_owned : atom_of_node.size();
+      for (; centers_done < num_centers; centers_done++) add_edges((int) centers_done, cutoff);
+      graph.layer_nodes[num_layers - 1 - hop] = (int64_t) num_centers;
+      graph.layer_edges[num_layers - 1 - hop] = (int64_t) graph.centers.size();
     }
   }
 
-  for (int ii = 0; ii < list->inum; ii++)
-    if (element_of(list->ilist[ii]) >= 0) add_node(list->ilist[ii]);
-
-  // layer t computes the atoms that are at most num_layers - 1 - t hops away from an owned one
-  size_t centers_done = 0;
-  for (int hop = 0; hop < num_layers; hop++) {
-    const size_t num_centers = atom_of_node.size();
-    for (; centers_done < num_centers; centers_done++) add_edges((int) centers_done);
-    graph.layer_nodes[num_layers - 1 - hop] = (int64_t) num_centers;
-    graph.layer_edges[num_layers - 1 - hop] = (int64_t) graph.centers.size();
-  }
+  graph.positions.resize(3 * atom_of_node.size());
+  for (size_t node = 0; node < atom_of_node.size(); node++)
+    std::copy_n(atom->x[atom_of_node[node]], 3, &graph.positions[3 * node]);
 }
 
 /* ----------------------------------------------------------------------
-   add energies, forces, virials:  F_i += g_e,  F_j -= g_e,  W = -sum_e r_e g_e
-   for each edge e from i to j with r_e = r_j - r_i and g_e = dE/dr_e
+   add energies, forces and virials of the nodes to those of LAMMPS
 ------------------------------------------------------------------------- */
 
-void PairHLGauss::tally(int eflag_any, int vflag_any)
+void PairHLGauss::tally()
 {
-  double **const f = atom->f;
-  if (eflag_any) {
-    double total = 0.0;
-    for (size_t k = 0; k < result.energy.size(); k++) {
-      total += result.energy[k];
-      if (eflag_atom) eatom[atom_of_node[k]] += energy_unit * result.energy[k];
-    }
-    if (eflag_global) eng_vdwl += energy_unit * total;
-  }
-
-  double sum[6] = {0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
-  const size_t num_edges = graph.centers.size();
-  for (size_t e = 0; e < num_edges; e++) {
-    const int i = atom_of_node[graph.centers[e]];
-    const int j = edge_neighbor_atoms[e];
-    const double *const r = &graph.vectors[3 * e];
-    const double g[3] = {energy_unit * result.gradients[3 * e],
-                         energy_unit * result.gradients[3 * e + 1],
-                         energy_unit * result.gradients[3 * e + 2]};
-    for (int a = 0; a < 3; a++) {
-      f[i][a] += g[a];
-      f[j][a] -= g[a];
-    }
-    if (!vflag_any) continue;
-    // symmetric part: of one edge r and g need not be parallel, the sum is symmetric
-    const double v[6] = {-r[0] * g[0],
-                         -r[1] * g[1],
-                         -r[2] * g[2],
-                         -0.5 * (r[0] * g[1] + r[1] * g[0]),
-                         -0.5 * (r[0] * g[2] + r[2] * g[0]),
-                         -0.5 * (r[1] * g[2] + r[2] * g[1])};
-    for (int a = 0; a < 6; a++) sum[a] += v[a];
+  const size_t num_nodes = atom_of_node.size();
+  for (size_t node = 0; node < num_nodes; node++) {
+    const int i = atom_of_node[node];
+    for (int a = 0; a < 3; a++) atom->f[i][a] += energy_unit * result.forces[3 * node + a];
     if (vflag_atom)
-      for (int a = 0; a < 6; a++) {    // half to each end, as LAMMPS's pair styles do
-        vatom[i][a] += 0.5 * v[a];
-        vatom[j][a] += 0.5 * v[a];
-      }
+      for (int a = 0; a < 6; a++) vatom[i][a] += energy_unit * result.atom_virials[6 * node + a];
+    if (cvflag_atom)
+      for (int a = 0; a < 9; a++)
+        cvatom[i][a] += energy_unit * result.centroid_virials[9 * node + a];
+  }
+  for (size_t node = 0; node < result.energy.size(); node++) {
+    if (eflag_atom) eatom[atom_of_node[node]] += energy_unit * result.energy[node];
+    if (eflag_global) eng_vdwl += energy_unit * result.energy[node];
   }
   if (vflag_global)
-    for (int a = 0; a < 6; a++) virial[a] += sum[a];
+    for (int a = 0; a < 6; a++) virial[a] += energy_unit * result.virial[a];
+}
+
+/// A number that is none would spread over all atoms: the run ends while it can still be told
+/// where it came from.
+void PairHLGauss::check_finite(size_t num_owned)
+{
+  std::vector<int> bad;    // local atoms
+  std::string what;
+  const auto look = [&](const char *name, const std::vector<double> &values, size_t width) {
+    for (size_t k = 0; k < values.size(); k++)
+      if (!std::isfinite(values[k])) {
+        if (what.empty()) what = name;
+        bad.push_back(atom_of_node[k / width]);
+      }
+  };
+  look("energy", result.energy, 1);
+  if (bad.empty()) look("force", result.forces, 3);
+  if (bad.empty() && vflag_global)
+    for (const double v : result.virial)
+      if (!std::isfinite(v)) what = "virial";
+  if (what.empty()) return;
+
+  std::string atoms;
+  bad.erase(std::unique(bad.begin(), bad.end()), bad.end());
+  for (size_t k = 0; k < std::min<size_t>(bad.size(), 5); k++)
+    atoms += fmt::format("{} {}", k ? "," : "", atom->tag_enable ? atom->tag[bad[k]] : bad[k] + 1);
+  error->one(FLERR,
+             "pair_style mliap/hlgauss: the {} of {} is not a finite number on step {}, rank {}; "
+             "atoms may have come too close: check the time step and the starting structure",
+             what,
+             bad.empty() ? fmt::format("{} atoms", num_owned)
+                         : fmt::format("atom(s){}{} ({} in all)", atoms,
+                                       bad.size() > 5 ? ", ..." : "", bad.size()),
+             update->ntimestep, comm->me);
 }
 
 /// On steps where fix pair has set a trigger, or compute hlgauss/atom may be read.
@@ -525,28 +567,24 @@ void PairHLGauss::compute(int eflag, int vflag)
   const double built = platform::walltime();
 
   const bool with_fields = fields_wanted();
-  const auto num_owned = (size_t) graph.layer_nodes.back();
-  if (num_owned > 0) {
-    std::string problem;
-    if (!model->evaluate(graph, with_fields, result, problem))
-      error->one(FLERR,
-                 "pair_style mliap/hlgauss: evaluating {} failed on {} atoms with {} edges: {}",
-                 model_path, num_owned, graph.centers.size(), problem);
-    for (size_t k = 0; k < num_owned; k++)
-      if (!std::isfinite(result.energy[k]))
-        error->one(FLERR,
-                   "pair_style mliap/hlgauss: the energy of atom {} is {} on step {}; atoms may "
-                   "have come too close: check the time step and the starting structure",
-                   atom->tag_enable ? atom->tag[atom_of_node[k]] : atom_of_node[k],
-                   result.energy[k], update->ntimestep);
-  } else {
-    result.energy.clear();
-    result.gradients.clear();
-    result.fields.assign(with_fields ? fields().size() : 0, {});
+  const auto num_owned = (size_t) graph.num_owned();
+  const HLGauss::Request request = {with_fields, vflag_global != 0, vflag_atom != 0,
+                                    cvflag_atom != 0};
+  HLGauss::Exchange *through = nullptr;
+  if (comm_forward > 0) {
+    exchange.prepare(comm, this, atom_of_node, num_owned, atom->nlocal + atom->nghost);
+    through = &exchange;
   }
+  std::string problem;
+  if (!model->evaluate(graph, request, through, result, problem))
+    error->one(FLERR,
+               "pair_style mliap/hlgauss: evaluating {} failed on rank {} with {} atoms and {} "
+               "edges: {}",
+               model_path, comm->me, num_owned, graph.centers.size(), problem);
+  if (!result.notice.empty()) error->warning(FLERR, "hlgauss: {}", result.notice);
+  check_finite(num_owned);
   const double evaluated = platform::walltime();
-
-  tally(eflag_either, vflag_either);
+  tally();
 
   if (with_fields) {
     const auto size = (size_t) std::max(1, atom->nmax);
@@ -562,7 +600,8 @@ void PairHLGauss::compute(int eflag, int vflag)
   }
 
   num_evaluations++;
-  num_edges_seen += (bigint) graph.centers.size();
+  num_edges_seen += (bigint) result.num_edges;
+  peak_bytes = std::max(peak_bytes, result.peak_bytes);
   num_centers_seen += (bigint) num_owned;
   time_graph += built - start;
   time_model += evaluated - built;
@@ -577,16 +616,44 @@ void PairHLGauss::finish()
 {
   if (num_evaluations == 0) return;
   bigint count[2] = {num_edges_seen, num_centers_seen};
-  double seconds[3] = {time_graph, time_model, time_tally};
+  double seconds[4] = {time_graph, time_model - exchange.seconds, exchange.seconds, time_tally};
   MPI_Allreduce(MPI_IN_PLACE, count, 2, MPI_LMP_BIGINT, MPI_SUM, world);
-  MPI_Allreduce(MPI_IN_PLACE, seconds, 3, MPI_DOUBLE, MPI_SUM, world);
+  MPI_Allreduce(MPI_IN_PLACE, seconds, 4, MPI_DOUBLE, MPI_SUM, world);
+  MPI_Allreduce(MPI_IN_PLACE, &peak_bytes, 1, MPI_DOUBLE, MPI_MAX, world);
   if (comm->me != 0) return;
   const double milli = 1000.0 / (double) num_evaluations / comm->nprocs;
-  utils::logmesg(lmp,
-                 "hlgauss: {} evaluations, {} of them with uncertainty; mean over ranks: graph "
-                 "{:.3f} ms, model {:.3f} ms, sums {:.3f} ms; {:.1f} edges per atom\n",
-                 num_evaluations, num_with_fields, milli * seconds[0], milli * seconds[1],
-                 milli * seconds[2], (double) count[0] / (double) std::max<bigint>(1, count[1]));
+  utils::logmesg(
+      lmp,
+      "hlgauss: {} evaluations, {} of them with uncertainty; ms per evaluation, mean over ranks: "
+      "graph {:.3f}, model {:.3f}, exchange {:.3f}, sums {:.3f}; {:.1f} edges per atom; at most "
+      "{:.1f} MiB of tensors on a rank\n",
+      num_evaluations, num_with_fields, milli * seconds[0], milli * seconds[1], milli * seconds[2],
+      milli * seconds[3], (double) count[0] / (double) std::max<bigint>(1, count[1]),
+      peak_bytes / 1048576.0);
+}
+
+/* ----------------------------------------------------------------------
+   features of atoms between two layers of a message-passing model
+------------------------------------------------------------------------- */
+
+int PairHLGauss::pack_forward_comm(int n, int *atoms, double *buffer, int, int *)
+{
+  return exchange.pack(n, atoms, buffer);
+}
+
+void PairHLGauss::unpack_forward_comm(int n, int first, double *buffer)
+{
+  exchange.unpack(n, first, buffer);
+}
+
+int PairHLGauss::pack_reverse_comm(int n, int first, double *buffer)
+{
+  return exchange.pack(n, first, buffer);
+}
+
+void PairHLGauss::unpack_reverse_comm(int n, int *atoms, double *buffer)
+{
+  exchange.add(n, atoms, buffer);
 }
 
 /* ---------------------------------------------------------------------- */
@@ -620,8 +687,9 @@ double PairHLGauss::memory_usage()
   double bytes = Pair::memory_usage();
   bytes += (double) sizeof(int64_t) *
            (graph.species.capacity() + graph.centers.capacity() + graph.neighbors.capacity());
-  bytes += (double) sizeof(double) * (graph.vectors.capacity() + result.gradients.capacity());
-  bytes += (double) sizeof(int) * (node_of_atom.capacity() + edge_neighbor_atoms.capacity());
+  bytes += (double) sizeof(double) * (graph.positions.capacity() + result.forces.capacity());
+  bytes += (double) sizeof(int) * (node_of_atom.capacity() + atom_of_node.capacity());
+  bytes += peak_bytes;
   for (const auto &values : field_values) bytes += (double) sizeof(double) * values.capacity();
   return bytes;
 }

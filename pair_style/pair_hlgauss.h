@@ -4,6 +4,7 @@
 #ifndef LMP_PAIR_HLGAUSS_H
 #define LMP_PAIR_HLGAUSS_H
 
+#include "feature_exchange.h"
 #include "model.h"
 
 #include "pair.h"
@@ -26,6 +27,10 @@ public:
   void compute(int, int) override;
   void finish() override;
   double memory_usage() override;
+  int pack_forward_comm(int, int *, double *, int, int *) override;
+  void unpack_forward_comm(int, int, double *) override;
+  int pack_reverse_comm(int, int, double *) override;
+  void unpack_reverse_comm(int, int *, double *) override;
 
   /// "cutoff" (double), "model_path", "model_hash" (SHA-256) and "model_card" (char), "fields"
   /// (char, names separated by spaces), "<field>_flag" (int, set to 1 before a step to have the
@@ -44,23 +49,28 @@ public:
 private:
   void allocate();
   std::string read_model_file();
-  void load_model(const std::string &bytes, const std::string &device, int local_rank,
-                  int local_ranks);
+  void load_model(const std::string &bytes);
   void check_same_everywhere(const std::string &problem);
   void check_masses();
   void check_special_bonds();
+  void check_heat_flux();
   void extend_ghosts();
   void log_summary();
   int element_of(int i) const;
 
   void build_graph();
   int add_node(int);
-  void add_edges(int);
-  void tally(int, int);
+  void add_edges(int, double);
+  void check_finite(size_t);
+  void tally();
   bool fields_wanted() const;
 
   std::unique_ptr<HLGauss::Model> model;
   std::string model_path, model_hash, field_names;
+  std::string device;
+  double memory_limit;       // MiB for tensors, 0 for the default
+  bool exchange_features;    // per layer between ranks; else ghosts reach layers * cutoff
+  bool edges_on_device;      // candidates go to the device once per neighbour list
   size_t model_size;
   std::vector<int> type_to_element;    // -1: this style does not see the type
   bool log_pending;                    // the summary waits for the masses
@@ -70,8 +80,7 @@ private:
   HLGauss::Evaluation result;
   std::vector<int> node_of_atom;    // -1: not in the graph
   std::vector<int> atom_of_node;
-  std::vector<int> edge_neighbor_atoms;    // local index of each edge's neighbour
-  std::vector<int> image_of;    // owned atom of which a local atom is an image, else itself
+  FeatureExchange exchange;
 
   std::vector<int> field_flags;                     // triggers of fix pair, one per field
   std::vector<std::vector<double>> field_values;    // (nmax) per field, LAMMPS units
@@ -79,6 +88,7 @@ private:
 
   bigint num_evaluations, num_with_fields, num_edges_seen, num_centers_seen;
   double time_graph, time_model, time_tally;    // seconds in this run
+  double peak_bytes;                            // of tensors, in this run
 };
 
 }    // namespace LAMMPS_NS

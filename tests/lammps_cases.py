@@ -41,11 +41,10 @@ class AnalyticModel(torch.nn.Module):
     selftest_inputs: dict[str, Tensor]
     selftest_outputs: dict[str, Tensor]
     selftest_tolerance: float
-    max_nodes: int  # more are refused, to see what becomes of a failure inside a model
 
     def __init__(self, num_layers: int, dtype: str = "float64"):
         super().__init__()
-        self.format_version = 1
+        self.format_version = 2
         self.elements = ELEMENTS
         self.masses = MASSES
         self.cutoff = CUTOFF
@@ -55,7 +54,7 @@ class AnalyticModel(torch.nn.Module):
         self.fields = FIELDS
         self.field_units = ["nat", "eV/Angstrom"]
         self.card = "{}"
-        self.max_nodes = 1_000_000
+        self.stages = AnalyticStages(num_layers, dtype)
         self.selftest_inputs = {}
         self.selftest_outputs = {}
         self.selftest_tolerance = 1e-6 if dtype == "float64" else 1e-4
@@ -73,9 +72,6 @@ class AnalyticModel(torch.nn.Module):
         num_owned = int(inputs["layer_nodes"][-1])
         num_nodes = int(inputs["layer_nodes"][0])
         num_edges = int(inputs["layer_edges"][0])
-
-        if species.numel() > self.max_nodes:
-            raise ValueError("too many nodes")
 
         shape = (1 - (vectors * vectors).sum(1) / self.cutoff**2).clamp(min=0.0) ** 3
         scaled = (self.weight[species[neighbor]] * shape)[:num_edges]
@@ -101,6 +97,71 @@ class AnalyticModel(torch.nn.Module):
         return outputs
 
 
+class AnalyticStages(torch.nn.Module):
+    """The same potential as the plugin evaluates it, stage by stage (lmp_hl/stages.py)."""
+
+    refused: int  # number of centres for which it fails, to see what becomes of such a failure
+
+    def __init__(self, num_layers: int, dtype: str):
+        super().__init__()
+        self.num_layers = num_layers
+        self.num_features = 4  # rho and the moment
+        self.cutoff = CUTOFF
+        self.refused = -1
+        kind = getattr(torch, dtype)
+        self.register_buffer("weight", torch.tensor([1.0, 0.6], dtype=kind))
+        self.register_buffer("depth", torch.tensor([1.3, 0.9], dtype=kind))
+        self.register_buffer("reference", torch.tensor([-2.0, -5.0], dtype=kind))
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        return self.final(inputs, False)
+
+    @torch.jit.export
+    def layer(self, t: int, inputs: list[Tensor]) -> Tensor:
+        center_species, species, edge_index, vectors = inputs[0], inputs[1], inputs[2], inputs[3]
+        if len(center_species) == self.refused:
+            raise ValueError("refused")
+        scaled = self.weight[species[edge_index[1]]] * self.shape(vectors)
+        sums = torch.cat([scaled.unsqueeze(1), scaled.unsqueeze(1) * vectors], 1)
+        return vectors.new_zeros(len(center_species), 4).index_add(0, edge_index[0], sums)
+
+    def shape(self, vectors: Tensor) -> Tensor:
+        return (1 - (vectors * vectors).sum(1) / self.cutoff**2).clamp(min=0.0) ** 3
+
+    @torch.jit.export
+    def layer_vjp(self, t: int, inputs: list[Tensor], gradients: Tensor) -> list[Tensor]:
+        vectors = inputs[3].detach().requires_grad_(True)
+        features = self.layer(t, [inputs[0], inputs[1], inputs[2], vectors])
+        gradient = torch.autograd.grad([(features * gradients).sum()], [vectors])[0]
+        assert gradient is not None
+        return [gradient]
+
+    @torch.jit.export
+    def final(self, inputs: list[Tensor], with_fields: bool) -> list[Tensor]:
+        wanted: list[Tensor] = []
+        if self.num_layers == 1:
+            vectors = inputs[3].detach().requires_grad_(True)
+            wanted = [vectors]
+            centers = self.layer(0, [inputs[0], inputs[1], inputs[2], vectors])
+        else:
+            wanted = [x.detach().requires_grad_(True) for x in inputs[2:]]
+            centers = wanted[1]
+        rho, moment = centers[:, 0], centers[:, 1:]
+        energy = self.reference[inputs[0]] - self.depth[inputs[0]] * torch.sqrt(1 + rho)
+        energy = energy + 0.02 * (moment**2).sum(1)
+        if self.num_layers == 2:
+            message = self.shape(wanted[0]) * torch.tanh(wanted[2][inputs[1][1], 0])
+            energy = energy + 0.3 * torch.zeros_like(energy).index_add(0, inputs[1][0], message)
+        out = [energy.detach().to(torch.float64)]
+        for gradient in torch.autograd.grad([energy.sum()], wanted):
+            assert gradient is not None
+            out.append(gradient)
+        if with_fields:
+            out.append(torch.log(1 + rho).detach())
+            out.append((moment**2).sum(1).sqrt().detach())
+        return out
+
+
 def export(path: Path, num_layers: int, dtype: str = "float64", **changes: object) -> Path:
     """Write the analytic potential as a model file; `changes` replace attributes, to spoil it."""
     model = AnalyticModel(num_layers, dtype)
@@ -108,7 +169,7 @@ def export(path: Path, num_layers: int, dtype: str = "float64", **changes: objec
     model.selftest_inputs = graph(atoms, num_layers, getattr(torch, dtype))
     model.selftest_outputs = model(model.selftest_inputs, True, False)
     for name, value in changes.items():
-        setattr(model, name, value)
+        setattr(model.stages if name == "refused" else model, name, value)
     torch.jit.save(torch.jit.script(model), str(path))
     return path
 

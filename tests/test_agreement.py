@@ -87,9 +87,24 @@ MODELS = {
     "float32": calibrated("mp", "float32"),
 }
 EVERYWHERE = ("periodic", "triclinic", "small_cell")  # the other kinds of box: once each
-CASES = [("local", name) for name in (*EVERYWHERE, "cluster", "isolated")]
-CASES += [("mp", n) for n in (*EVERYWHERE, "shrink_wrapped", "isolated_periodic", "large")]
-CASES += [("float32", "triclinic")]
+# ways to run a model that must not change its results
+WAYS = {
+    "default": "",
+    "extended": "comm extended",
+    "device": "edges device",
+    "device_extended": "edges device comm extended",
+    "portions": "memory 0.05",
+}
+CASES = [("local", name, "default") for name in (*EVERYWHERE, "cluster", "isolated")]
+CASES += [
+    ("mp", name, "default")
+    for name in (*EVERYWHERE, "shrink_wrapped", "isolated_periodic", "large")
+]
+CASES += [("float32", "triclinic", "default")]
+CASES += [("mp", "large", way) for way in WAYS if way != "default"]
+CASES += [("mp", name, "extended") for name in ("small_cell", "shrink_wrapped")]
+CASES += [("local", name, "device") for name in ("triclinic", "cluster")]
+CASES += [("local", "large", "portions"), ("mp", "isolated_periodic", "device")]
 
 CASE = """
 clear
@@ -97,14 +112,16 @@ units metal
 boundary {boundary}
 box tilt large
 read_data {name}.data
-pair_style mliap model {model}.pt
+pair_style mliap model {model}.pt {options}
 pair_coeff * * {elements} NULL
 compute e all pe/atom
 compute u all hlgauss/atom {fields}
 compute p all pressure NULL virial
+compute s all stress/atom NULL virial
+compute c all {centroid}stress/atom NULL virial
 thermo_style custom step pe c_p[1] c_p[2] c_p[3] c_p[4] c_p[5] c_p[6]
 run 0
-write_dump all custom {out}.dump id fx fy fz c_e c_u[*] modify format float %.17g
+write_dump all custom {out}.dump id fx fy fz c_e c_u[*] c_s[*] c_c[*] modify format float %.17g
 print "{numbers}" file {out}.thermo
 """
 NUMBERS = " ".join(
@@ -112,16 +129,18 @@ NUMBERS = " ".join(
 )
 
 
-def case(model, name, ranks):
+def case(model, name, way, ranks):
     """Commands that evaluate one system with one model and write every result."""
     side = "s" if name == "shrink_wrapped" else "f"
     return CASE.format(
         boundary=" ".join("p" if p else side for p in SYSTEMS[name].periodic),
         name=name,
         model=model,
+        options=WAYS[way],
+        centroid="" if MODELS[model].backbone.message_layers else "centroid/",
         elements=" ".join(SYMBOLS),
         fields=" ".join(FIELDS),
-        out=f"{model}.{name}.{ranks}",
+        out=f"{model}.{name}.{way}.{ranks}",
         numbers=NUMBERS,
     )
 
@@ -143,10 +162,10 @@ def calculators(folder):
     return {name: HLCalculator(folder / f"{name}.pt") for name in MODELS}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
+@pytest.fixture(scope="module", params=[1, 2, 3, 4], ids=lambda n: f"{n}rank{'s' * (n > 1)}")
 def ranks(request, folder):
     """Runs every case in one LAMMPS process on this many ranks."""
-    script = "".join(case(model, name, request.param) for model, name in CASES)
+    script = "".join(case(*one, request.param) for one in CASES)
     result = run_lammps(script, folder, request.param)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     return request.param
@@ -163,12 +182,27 @@ def python_results(calculator, atoms):
     return results, virial[[0, 1, 2, 0, 0, 1], [0, 1, 2, 1, 2, 2]]
 
 
-@pytest.mark.parametrize(("model", "name"), CASES, ids=[f"{m}-{n}" for m, n in CASES])
-def test_lammps_equals_python(folder, calculators, ranks, model, name):
+def atomic_virials(model, atoms):
+    """Half of each edge to either end, (num_atoms, 6), and each edge to its neighbour, (.., 9)."""
+    inputs = graph_inputs(
+        structure(atoms), list(SYMBOLS), model.cutoff, model.num_layers, model.dtype
+    )
+    gradients = model.evaluate(inputs)[keys.EDGE_GRADIENTS].double()
+    w = -(inputs[keys.EDGE_VECTORS].double().unsqueeze(2) * gradients.unsqueeze(1))
+    half = 0.25 * (w + w.transpose(1, 2)).flatten(1)[:, [0, 4, 8, 1, 2, 5]]
+    centers, neighbors = inputs[keys.EDGE_INDEX]
+    zeros = torch.zeros(len(atoms.species), 9, dtype=torch.float64)
+    shared = zeros[:, :6].index_add(0, centers, half).index_add(0, neighbors, half)
+    to_neighbor = zeros.index_add(0, neighbors, w.flatten(1)[:, [0, 4, 8, 1, 2, 5, 3, 6, 7]])
+    return shared.numpy(), to_neighbor.numpy()
+
+
+@pytest.mark.parametrize(("model", "name", "way"), CASES, ids=["-".join(case) for case in CASES])
+def test_lammps_equals_python(folder, calculators, ranks, model, name, way):
     atoms = SYSTEMS[name]
     want, virial = python_results(calculators[model], atoms)
-    rows = read_dump(folder / f"{model}.{name}.{ranks}.dump")
-    energy, volume, *pressure = np.loadtxt(folder / f"{model}.{name}.{ranks}.thermo")
+    rows = read_dump(folder / f"{model}.{name}.{way}.{ranks}.dump")
+    energy, volume, *pressure = np.loadtxt(folder / f"{model}.{name}.{way}.{ranks}.thermo")
     assert rows[:, 0].tolist() == list(range(1, len(atoms.species) + 1))
     tolerance = FLOAT32 if model == "float32" else FLOAT64
 
@@ -183,6 +217,11 @@ def test_lammps_equals_python(folder, calculators, ranks, model, name):
     close(np.array(pressure) * volume / BAR_PER_EV_A3, virial, "virial")
     for column, field in enumerate(FIELDS, start=5):
         close(rows[:, column], want["energies" if field == keys.ENERGY else field], field)
+    shared, to_neighbor = atomic_virials(calculators[model].model, atoms)
+    stresses = -rows[:, 5 + len(FIELDS) :] / BAR_PER_EV_A3
+    close(stresses[:, :6], shared, "virial of each atom")
+    if model == "local":
+        close(stresses[:, 6:], to_neighbor, "centroid virial of each atom")
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -39,9 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "text.pt").write_text("this is no model\n")
     (path / "folder.pt").mkdir()
     torch.save({"weights": torch.ones(3)}, path / "weights.pt")
-    export(path / "newer.pt", 1, format_version=2)
+    export(path / "newer.pt", 1, format_version=3)
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(path / "foreign.pt"))
-    export(path / "limited.pt", 1, max_nodes=5)
+    export(path / "limited.pt", 1, refused=27)
     model = torch.jit.load(str(good))
     model.selftest_outputs["energy"][0] += 1e-3
     torch.jit.save(model, str(path / "changed.pt"))
@@ -93,7 +93,10 @@ BAD_INPUT = {
     "foreign module": (["pair_style hlgauss model foreign.pt"], ["foreign.pt", "format_version"]),
     "newer format": (["pair_style mliap model newer.pt"], ["version 2", "newer", "update lmp-hl"]),
     "changed numbers": (["pair_style mliap model changed.pt"], ["self-test", "'energy' differs"]),
-    "no such device": (["pair_style mliap model hl.pt device gpu"], ["device must be", "'gpu'"]),
+    "no such device": (
+        ["pair_style mliap model hl.pt device gpu"],
+        ["cannot use 'device gpu'", "auto|cpu|cuda"],
+    ),
     "no such GPU": (["pair_style mliap model hl.pt device cuda:99"], ["cuda:99", "CUDA device"]),
     "unknown keyword": (
         ["pair_style mliap model hl.pt speed 3"],
@@ -137,7 +140,7 @@ BAD_INPUT = {
     ),
     "model that fails": (
         ["pair_style mliap model limited.pt", PAIR[1], "run 0"],
-        ["evaluating limited.pt failed on 27 atoms", "too many nodes"],
+        ["evaluating limited.pt failed on rank 0 with 27 atoms", "refused"],
     ),
     "back to LAMMPS's mliap": (
         [*PAIR, "pair_style mliap model linear a descriptor sna b"],
