@@ -43,7 +43,14 @@ def _train(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from lmp_hl.training.checkpoint import export_checkpoint
 
-    export_checkpoint(args.checkpoint, args.model)
+    if args.runtime != "aoti" and (args.device != "cpu" or args.cpu_isa != "native"):
+        raise ValueError(
+            "--device and --cpu-isa are of compiled models; a TorchScript hl.pt runs on all "
+            "(add --runtime aoti, or leave them away)"
+        )
+    export_checkpoint(
+        args.checkpoint, args.model, args.runtime, args.dtype, args.device, args.cpu_isa
+    )
     print(f"wrote {args.model}")
     return 0
 
@@ -118,10 +125,25 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb(
         "export", _export, "write a trained checkpoint as a model file for LAMMPS and Python",
-        "lmp-hl export runs/silicon/model.ckpt hl.pt",
+        "lmp-hl export runs/silicon/model.ckpt hl.pt   (compiled: --runtime aoti ... hl.pt2)",
     )  # fmt: skip
     p.add_argument("checkpoint", type=Path, metavar="CKPT")
     p.add_argument("model", type=Path, metavar="hl.pt")
+    p.add_argument(
+        "--runtime", choices=["torchscript", "aoti"], default="torchscript",
+        help="torchscript: hl.pt, for any device; aoti: hl.pt2, compiled for one, faster",
+    )  # fmt: skip
+    p.add_argument(
+        "--dtype", choices=["float32", "float64"], help="of the network (default: as trained)"
+    )
+    p.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="of a compiled model (default cpu)"
+    )
+    p.add_argument(
+        "--cpu-isa", choices=["native", "x86-64-v2", "x86-64-v3", "x86-64-v4"], default="native",
+        help="oldest CPU that will run a compiled model: v3 has AVX2, v4 AVX-512 "
+        "(default native: like this one)",
+    )  # fmt: skip
 
     p = verb("info", _info, "print the card of a model file", "lmp-hl info hl.pt")
     p.add_argument("model", type=Path, metavar="hl.pt")

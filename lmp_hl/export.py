@@ -4,7 +4,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,14 @@ def export_potential(
     Returns:
         The path.
     """
-    path = Path(path)
+    content = to_bytes(make_exported(potential, elements, card))
+    return replace_file(Path(path), content, check=load)
+
+
+def make_exported(
+    potential: Potential, elements: Sequence[str], card: dict[str, Any]
+) -> ExportedPotential:
+    """The module a model file holds; arguments of export_potential."""
     potential = potential.eval().requires_grad_(False)
     head = potential.energy_head
     card = {**card, "lmp_hl": __version__, "optional_inputs": []}
@@ -115,25 +122,46 @@ def export_potential(
         "num_bins": int(potential.force_distribution.masses.shape[1]),
         "bin_width": float(potential.force_distribution.bin_width),
     }
-    exported = ExportedPotential(potential, elements, card).eval()
-    scripted = torch.jit.script(exported)
+    return ExportedPotential(potential, elements, card).eval()
+
+
+def to_bytes(exported: ExportedPotential) -> bytes:
+    """Content of an `hl.pt`."""
     # torch aborts the whole process when a disk is full, so it writes into memory
     buffer = io.BytesIO()
+    scripted = torch.jit.script(exported)
     torch.jit.save(scripted, buffer, _extra_files={"card.json": exported.card})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".pt", delete=False) as file:
-        temporary = Path(file.name)
+    return buffer.getvalue()
+
+
+def replace_file(
+    path: Path, content: bytes, check: Callable[[Path], object] = lambda temporary: None
+) -> Path:
+    """Write a file whole or not at all.
+
+    Args:
+        path: of the file; missing folders are made.
+        content: what to write.
+        check: gets the path of the finished temporary file beside it, and raises if it is wrong.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
     try:
-        temporary.write_bytes(buffer.getbuffer())
-        temporary.chmod(0o666 & ~_umask())  # a temporary file is its owner's alone
-        load(temporary)
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as file:
+            temporary = Path(file.name)
+        try:
+            temporary.write_bytes(content)
+            temporary.chmod(0o666 & ~_umask())  # a temporary file is its owner's alone
+            check(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(
             f"cannot write {path}: {error.strerror}; make room or choose another place"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -1,6 +1,11 @@
-"""An exported model `hl.pt` on the Python side: opened, checked, evaluated, described."""
+"""An exported model, `hl.pt` or `hl.pt2`, on the Python side: opened, checked, run, described.
+
+`hl.pt` is TorchScript for any device; `hl.pt2` is code compiled for one (runtime.py). Both say the
+same about themselves and are evaluated through the same `Model`.
+"""
 
 import hashlib
+import io
 import json
 import zipfile
 from pathlib import Path
@@ -9,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import stages
+from .runtime import BUILD_RECORD, TORCHSCRIPT_RECORD, Build, CompiledStages
+
 FORMAT_VERSION = 2
 
 
 class Model:
-    """A loaded `hl.pt`.
+    """A loaded `hl.pt` or `hl.pt2`.
 
     Attributes:
         path: where it came from.
@@ -24,15 +32,24 @@ class Model:
         fields: per-atom fields it can return (keys.py), with `field_units`.
         card: everything else it says about itself.
         hash: SHA-256 of the file, hexadecimal.
+        runtime: what evaluates it, for a reader.
     """
 
     def __init__(
-        self, path: Path, module: torch.jit.ScriptModule, device: str, digest: str
+        self,
+        path: Path,
+        module: torch.jit.ScriptModule,
+        device: str,
+        digest: str,
+        build: Build | None,
     ) -> None:
         self.path = path
         self.module = module
+        self.build = build
+        self.compiled: stages.Runtime | None = None
         self.device = device
         self.hash = digest
+        self.runtime = build.describe() if build else "TorchScript, for any device"
         self.elements: list[str] = list(module.elements)
         self.masses: list[float] = list(module.masses)
         self.cutoff: float = module.cutoff
@@ -47,7 +64,11 @@ class Model:
         """Outputs of the model (keys.py) for the inputs of keys.py, on the CPU."""
         on_host = ("layer_nodes", "layer_edges")
         moved = {k: v if k in on_host else v.to(self.device) for k, v in inputs.items()}
-        outputs: dict[str, Tensor] = self.module(moved, with_fields, False)
+        outputs: dict[str, Tensor]
+        if self.compiled is not None:
+            outputs = stages.evaluate(self.compiled, moved, self.fields, with_fields)
+        else:
+            outputs = self.module(moved, with_fields, False)
         return {k: v.detach().cpu() for k, v in outputs.items()}
 
 
@@ -57,14 +78,23 @@ def load(path: str | Path, device: str = "cpu") -> Model:
     A model file is a program: open only files from people you trust.
 
     Args:
-        path: `hl.pt`.
+        path: `hl.pt` or `hl.pt2`.
         device: torch device to evaluate on.
 
     Raises:
-        ValueError: no such file; truncated or not TorchScript; a newer format; the self-test gives
-            other numbers than when the model was exported.
+        ValueError: no such file; truncated or not a model; a newer format; compiled for something
+            else than what is here; the self-test gives other numbers than when it was exported.
     """
-    path = Path(path)
+    model = _read(Path(path), device)
+    if model.build is not None:
+        model.build.check(path, device)
+        model.compiled = CompiledStages(path, model.num_layers, device)
+    self_test(model)
+    return model
+
+
+def _read(path: Path, device: str) -> Model:
+    """The model without the compiled code, if it has any."""
     if not path.is_file():
         raise ValueError(
             f"{path}: no such model file; export one with lmp-hl export model.ckpt {path}"
@@ -74,8 +104,14 @@ def load(path: str | Path, device: str = "cpu") -> Model:
             f"{path}: truncated, or not a TorchScript file (its first or last bytes are not those "
             f"of one); export it again with lmp-hl export"
         )
+    build, content = None, path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
     try:
-        module = torch.jit.load(str(path), map_location=device)
+        archive = torch._C.PyTorchFileReader(io.BytesIO(content))
+        if BUILD_RECORD in archive.get_all_records():
+            build = Build.parse(archive.get_record(BUILD_RECORD).decode(), path)
+            content, device = archive.get_record(TORCHSCRIPT_RECORD), "cpu"
+        module = torch.jit.load(io.BytesIO(content), map_location=device)
     except RuntimeError as error:
         line = str(error).splitlines()[0]
         raise ValueError(
@@ -92,10 +128,7 @@ def load(path: str | Path, device: str = "cpu") -> Model:
             f"{path}: model format {version} is newer than this lmp-hl, which reads up to "
             f"{FORMAT_VERSION}; update lmp-hl"
         )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    model = Model(path, module.eval(), device, digest)
-    self_test(model)
-    return model
+    return Model(path, module.eval(), device, digest, build)
 
 
 def self_test(model: Model) -> float:
@@ -126,8 +159,8 @@ def self_test(model: Model) -> float:
 
 
 def describe(path: str | Path) -> str:
-    """The model's card as text for a terminal."""
-    model = load(path)
+    """The model's card as text for a terminal, also of a model compiled for another machine."""
+    model = _read(Path(path), "cpu")
     card = model.card
     training, config, calibration = card["training"], card["config"], card["calibration"]
     metrics = training["metrics"]
@@ -147,6 +180,7 @@ def describe(path: str | Path) -> str:
             " ".join(f"{e} ({m:.3f} u)" for e, m in zip(model.elements, model.masses, strict=True)),
         ),
         ("cutoff", f"{model.cutoff:g} Å, {reach}"),
+        ("runtime", model.runtime),
         ("precision", f"{model.dtype} network, float64 energies"),
         ("units", f"{model.units} (eV, Å)"),
         ("head", _head(card)),

@@ -59,11 +59,14 @@ def save_checkpoint(
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: str | Path) -> tuple[Potential, list[str], dict[str, Any]]:
+def load_checkpoint(
+    path: str | Path, dtype: str | None = None
+) -> tuple[Potential, list[str], dict[str, Any]]:
     """Read what save_checkpoint wrote.
 
     Args:
         path: model.ckpt of a finished run.
+        dtype: "float32" or "float64" to cast the network to; None: as it was trained.
 
     Returns:
         potential, elements, card.
@@ -91,7 +94,10 @@ def load_checkpoint(path: str | Path) -> tuple[Potential, list[str], dict[str, A
             f"{path}: checkpoint format {content['lmp_hl_checkpoint']} is newer than this lmp-hl "
             f"(reads up to {CHECKPOINT_FORMAT}); update lmp-hl"
         )
-    potential = build_potential(ModelConfig(**content["model"]), len(content["elements"]))
+    config = ModelConfig(**content["model"])
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype)
+    potential = build_potential(config, len(content["elements"]))
     try:
         potential.load_state_dict(content["state"])
     except RuntimeError as error:
@@ -102,17 +108,32 @@ def load_checkpoint(path: str | Path) -> tuple[Potential, list[str], dict[str, A
     return potential.eval(), content["elements"], content["card"]
 
 
-def export_checkpoint(checkpoint: str | Path, path: str | Path) -> Path:
-    """Export the model.ckpt of a finished training run as `hl.pt`.
+def export_checkpoint(
+    checkpoint: str | Path,
+    path: str | Path,
+    runtime: str = "torchscript",
+    dtype: str | None = None,
+    device: str = "cpu",
+    cpu_isa: str = "native",
+) -> Path:
+    """Export the model.ckpt of a finished training run as `hl.pt` or `hl.pt2`.
 
     Args:
         checkpoint: written by save_checkpoint.
         path: file to write.
+        runtime: "torchscript" (`hl.pt`, any device) or "aoti" (`hl.pt2`, compiled).
+        dtype: "float32" or "float64"; None: as it was trained.
+        device: of a compiled model, "cpu" or "cuda".
+        cpu_isa: of a compiled model, see export_compiled.
 
     Raises:
-        ValueError: see load_checkpoint.
+        ValueError: see load_checkpoint and export_compiled.
     """
-    potential, elements, card = load_checkpoint(checkpoint)
+    potential, elements, card = load_checkpoint(checkpoint, dtype)
+    if runtime == "aoti":
+        from lmp_hl.compile import export_compiled
+
+        return export_compiled(potential, elements, card, path, device, cpu_isa)
     return export_potential(potential, elements, card, path)
 
 

@@ -25,9 +25,11 @@ SHAPE_RATE = 0.1
 def build_potential(config: ModelConfig, num_elements: int) -> Potential:
     """A new potential with random weights, in the configuration's dtype."""
     default = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[config.dtype])  # so that constants have all digits of float64
+    # not .to(dtype) afterwards: constants would have the digits of float32 only, and what is
+    # float64 in any network would lose them (reference energies may be -1e5 eV)
+    torch.set_default_dtype(DTYPES[config.dtype])
     try:
-        potential = Potential(
+        return Potential(
             num_elements=num_elements,
             cutoff=config.cutoff,
             num_layers=config.layers,
@@ -41,7 +43,6 @@ def build_potential(config: ModelConfig, num_elements: int) -> Potential:
         )
     finally:
         torch.set_default_dtype(default)
-    return potential.to(DTYPES[config.dtype])
 
 
 class PotentialModule(L.LightningModule):

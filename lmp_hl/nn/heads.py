@@ -97,7 +97,8 @@ class HistogramEnergy(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("bin_width", torch.ones((), dtype=torch.float64))  # eV
         # offsets in units of w: exact in any dtype, scaled by bin_width where they are used
-        self.register_buffer("edges", histogram.uniform_edges(num_bins, 1.0).float())
+        edges = histogram.uniform_edges(num_bins, 1.0).to(torch.get_default_dtype())
+        self.register_buffer("edges", edges)
         self.register_buffer("offsets", histogram.bin_centers(self.edges))
 
     def set_bin_width(self, bin_width: float) -> None:
@@ -188,6 +189,22 @@ class FeatureDistance(nn.Module):
         return out / self.median
 
 
+def _exponential(g: Tensor) -> Tensor:
+    """exp(G) of traceless symmetric matrices (n, 3, 3) with |G| <= 1, exact to rounding.
+
+    The power series by Horner's rule, its terms kept as a + b G + c G^2 by Cayley and Hamilton's
+    G^3 = tr(G^2)/2 G + det(G): plain arithmetic that a compiler fuses, unlike torch.matrix_exp.
+    """
+    square = (g.unsqueeze(3) * g.unsqueeze(1)).sum(2)
+    p = 0.5 * square.diagonal(dim1=1, dim2=2).sum(1)
+    q = (square * g).sum((1, 2)) / 3.0
+    a, b, c = torch.ones_like(p), torch.zeros_like(p), torch.zeros_like(p)
+    for k in range(18, 0, -1):  # 1/19! is below float64's rounding
+        a, b, c = 1.0 + q * c / k, (a + p * c) / k, b / k
+    one = torch.eye(3, dtype=g.dtype, device=g.device)
+    return a[:, None, None] * one + b[:, None, None] * g + c[:, None, None] * square
+
+
 class ForceScales(NamedTuple):
     """Of force errors: logits (num_atoms, num_scales), shape (num_atoms, 3, 3) SPD with det 1."""
 
@@ -262,9 +279,8 @@ class ForceDistribution(nn.Module):
         g = torch.einsum("mi,mab->iab", t, self.cartesian)
         # bounded, so that no feature far from the data can make the ellipsoid a needle
         norm = g.pow(2).sum((1, 2), keepdim=True)
-        return ForceScales(
-            self.delta - 0.5 * relative.pow(2), torch.matrix_exp(g / (1.0 + norm).sqrt())
-        )
+        shape = _exponential(g / (1.0 + norm).sqrt())
+        return ForceScales(self.delta - 0.5 * relative.pow(2), shape)
 
     def std(self, force: ForceScales, factor: Tensor) -> Tensor:
         """sqrt(tr Sigma / 3) of each atom, eV/Å; `factor` (num_atoms,) is g."""
