@@ -93,7 +93,7 @@ Tensor view(const std::vector<int64_t> &values)
                           torch::kInt64);
 }
 
-constexpr double CPU_BUDGET = 64.0 * 1024.0 * 1024.0;    // bytes; larger portions leave the caches
+constexpr double CPU_BUDGET = 32.0 * 1024.0 * 1024.0;    // bytes; larger portions leave the caches
 constexpr double MEASURED_EDGES = 2000.0;                // enough to find bytes per edge and atom
 
 bool out_of_memory(const std::string &text)
