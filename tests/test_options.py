@@ -195,11 +195,11 @@ print("energy", repr(lmp.get_thermo("pe")))
 
 
 def test_a_run_that_is_short_of_memory_goes_on_in_portions(folder: Path) -> None:
-    # 27,000 atoms whose edges alone take some 100 MiB in each tensor of three numbers
-    script = start(1) + "replicate 6 6 6\n"
+    # 125,000 atoms, for which all at once take about 450 MiB
+    script = start(1) + "replicate 10 10 10\n"
     (folder / "in.memory").write_text(script)
     energies = []
-    for mib in (100_000, 400):
+    for mib in (100_000, 350):
         result = subprocess.run(
             [sys.executable, "-c", SHORT_OF_MEMORY.format(mib=mib)],
             cwd=folder,
@@ -209,6 +209,6 @@ def test_a_run_that_is_short_of_memory_goes_on_in_portions(folder: Path) -> None
         )
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
         warned = "out of memory on cpu" in result.stdout
-        assert warned == (mib == 400), result.stdout[-3000:]
+        assert warned == (mib == 350), result.stdout[-3000:]
         energies.append(float(result.stdout.split("energy")[-1].split()[0]))
     assert energies[0] == pytest.approx(energies[1], rel=1e-12)
