@@ -1,5 +1,6 @@
 # make quickstart: set everything up, then train, run LAMMPS and analyse (examples/silicon)
 # make test:       set everything up, then run the tests
+# make test-all:   the same with those that take minutes each
 # make lint:       set everything up, then check style and types
 
 PYTHON ?= python3
@@ -7,13 +8,16 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PLUGIN_SOURCES := CMakeLists.txt $(wildcard pair_style/*.cpp pair_style/*.h)
 
-.PHONY: quickstart test lint setup system
+.PHONY: quickstart test test-all lint setup system
 
 quickstart: setup
 	$(VENV)/bin/python examples/silicon/quickstart.py
 
 test: setup
 	$(VENV)/bin/python -m pytest
+
+test-all: setup
+	$(VENV)/bin/python -m pytest -m "slow or not slow"
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -116,14 +116,18 @@ struct Stage {
   /// Inputs (lmp_hl/stages.py) of the centres from `begin` to `end`, whose edges are given.
   Tensors inputs(int64_t begin, int64_t end, int64_t first_edge, int64_t last_edge) const
   {
-    const auto part = [&](const Tensor &x) { return x.slice(0, first_edge, last_edge); };
-    const Tensor edge_index = torch::stack({part(centers) - begin, part(neighbors)});
-    Tensors all = {species.slice(0, begin, end)};
+    // compiled code takes what it reads for contiguous and aligned: a later part is copied
+    const auto part = [](const Tensor &x, int64_t from, int64_t to) {
+      const Tensor rows = x.slice(0, from, to);
+      return from > 0 ? rows.clone() : rows;
+    };
+    const auto edges = [&](const Tensor &x) { return part(x, first_edge, last_edge); };
+    Tensors all = {part(species, begin, end)};
     if (layer == 0) all.push_back(species);
-    all.push_back(edge_index);
-    all.push_back(part(vectors));
+    all.push_back(torch::stack({edges(centers) - begin, edges(neighbors)}));
+    all.push_back(edges(vectors));
     if (layer > 0) {
-      all.push_back(features.slice(0, begin, end));
+      all.push_back(part(features, begin, end));
       all.push_back(features);
     }
     return all;
@@ -408,7 +412,8 @@ private:
       in_portions(
           stages[t], meter,
           [&](int64_t begin, int64_t end, int64_t first, int64_t stop, const Tensors &inputs) {
-            const Tensors found = runtime->layer_vjp(t, inputs, gradients.slice(0, begin, end));
+            const Tensor part = gradients.slice(0, begin, end);
+            const Tensors found = runtime->layer_vjp(t, inputs, begin > 0 ? part.clone() : part);
             out.gradients.slice(0, first, stop).add_(found.at(0));
             if (t > 0) {
               before.slice(0, begin, end).add_(found.at(1));
