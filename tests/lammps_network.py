@@ -58,6 +58,13 @@ def liquid() -> Atoms:
     return Atoms(points, rng.integers(0, 2, len(points)), side * np.eye(3))
 
 
+def with_unseen_type() -> Atoms:
+    """Every fourth atom is of a third type, which models of two elements do not see."""
+    atoms = crystal(37)
+    atoms.types[::4] = 3
+    return atoms
+
+
 def three_elements() -> Atoms:
     """Si, O and Cu in a triclinic box."""
     made = make_structure(ELEMENTS, 20, seed=33)
@@ -70,6 +77,8 @@ STRUCTURES = {
     "bulk": crystal(34),
     "liquid": liquid(),
     "slab": slab(),
+    "unseen": with_unseen_type(),
+    "sheared": crystal(38, triclinic=True),
     "molecule": cluster(35),  # one of its atoms is alone
     "isolated": Atoms([[4.0, 5.0, 6.0]], [1], 30 * np.eye(3), (False, False, False)),
     "triclinic": crystal(36, triclinic=True, repeat=4),
@@ -156,15 +165,21 @@ COLUMNS = "id type x y z fx fy fz c_e c_s[*] c_u[*] proc"
 PRINT = " ".join(f"$({n}:%.17g)" for n in ["pe", "vol", *(f"c_p[{k}]" for k in range(1, 7))])
 
 
-def write(out: str) -> str:
+def write(out: str, columns: str = COLUMNS) -> str:
     """Commands that write everything about the present step to out.dump and out.thermo."""
     return f"""
-write_dump all custom {out}.dump {COLUMNS} modify format float %.17g
+write_dump all custom {out}.dump {columns} modify format float %.17g
 print "{PRINT}" file {out}.thermo
 """
 
 
-def start(model: str, before: str = "", pair: str = "", elements: str = "Si O NULL") -> str:
+def start(
+    model: str,
+    before: str = "",
+    pair: str = "",
+    elements: str = "Si O NULL",
+    fields: bool = True,
+) -> str:
     """Commands from `clear` to an empty box with one model loaded and every result computed."""
     pair = pair or f"pair_style mliap model {model}\npair_coeff * * {elements}"
     return f"""
@@ -182,7 +197,7 @@ timestep 0.0002
 neighbor 0.9 bin  # LAMMPS refuses tiles when ghosts reach further than the box is long
 compute e all pe/atom
 compute s all stress/atom NULL virial
-compute u all hlgauss/atom {" ".join(FIELDS)}
+{"compute u all hlgauss/atom " + " ".join(FIELDS) if fields else ""}
 compute p all pressure NULL virial
 thermo_style custom step pe c_p[*]
 """
@@ -275,14 +290,24 @@ def check_frame(path: Path, frame: Frame, keep=None) -> None:
             close(frame[f"c_u[{k}]"], want[field], field)
 
 
+def read_totals(folder: Path, out: str) -> np.ndarray:
+    """Energy and the six components of the virial, eV, that `write` wrote."""
+    energy, volume, *pressure = np.loadtxt(folder / f"{out}.thermo")
+    return np.array([energy, *(np.array(pressure) * volume / BAR_PER_EV_A3)])
+
+
+def check_totals(path: Path, frame: Frame, totals: np.ndarray, keep=None) -> None:
+    """Energy and virial equal the sums over Python's atoms."""
+    want = python_results(path, frame, keep)
+    close(totals[0], want[keys.ENERGY].sum(), "energy")
+    close(totals[1:], want["virials"].sum(0), "virial")
+
+
 def check(folder: Path, out: str, model: str, keep=None) -> Frame:
     """Everything that `write` wrote equals Python at the positions written; returns the frame."""
     (frame,) = read_frames(folder / f"{out}.dump")
     check_frame(folder / model, frame, keep)
-    want = python_results(folder / model, frame, keep)
-    energy, volume, *pressure = np.loadtxt(folder / f"{out}.thermo")
-    close(energy, want[keys.ENERGY].sum(), "energy")
-    close(np.array(pressure) * volume / BAR_PER_EV_A3, want["virials"].sum(0), "virial")
+    check_totals(folder / model, frame, read_totals(folder, out), keep)
     return frame
 
 
