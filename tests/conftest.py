@@ -92,13 +92,14 @@ def make_potential(
     dtype="float64",
     num_layers=None,
     seed=0,
+    cutoff=CUTOFF,
 ):
     """A small potential for the first `num_elements` of ELEMENTS; shared, so do not change it."""
     torch.manual_seed(seed)
     config = ModelConfig(
         preset=preset,
         head=head,
-        cutoff=CUTOFF,
+        cutoff=cutoff,
         channels=3,
         l_max=l_max,
         num_radial=4,
@@ -137,7 +138,7 @@ def make_card(head="hlgauss"):
 
 @pytest.fixture(scope="session")
 def potential_factory():
-    """make_potential: (preset, head, num_elements, l_max, dtype, num_layers, seed) -> Potential."""
+    """make_potential: its arguments -> Potential."""
     return make_potential
 
 
@@ -160,3 +161,15 @@ def silicon():
     atoms = bulk("Si", cubic=True)
     atoms.rattle(0.1, seed=3)
     return atoms
+
+
+@pytest.fixture(scope="session")
+def network_folder(tmp_path_factory):
+    """Folder with the model files and structures of lammps_network.py."""
+    from lammps_network import STRUCTURES, write_models, write_start
+
+    path = tmp_path_factory.mktemp("network")
+    write_models(path)
+    for name, atoms in STRUCTURES.items():
+        write_start(path / f"{name}.start", atoms)
+    return path
