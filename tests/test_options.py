@@ -164,7 +164,9 @@ def test_what_would_be_wrong_is_refused(folder: Path, name: str) -> None:
 def test_features_are_exchanged_under_every_kind_of_communication(folder: Path) -> None:
     """One ghost cutoff per type, tiles instead of bricks: the ghosts differ, the forces do not."""
     script = ""
-    for k, lines in enumerate(("", "neighbor 2.0 multi\ncomm_modify mode multi", "comm_style tiled\nbalance 1.0 rcb")):
+    for k, lines in enumerate(
+        ("", "neighbor 2.0 multi\ncomm_modify mode multi", "comm_style tiled\nbalance 1.0 rcb")
+    ):
         script += start(2) + lines + f"\nrun 0\nwrite_dump all custom comm.{k} id fx fy fz"
         script += " modify format float %.17g\n"
     result = run_lammps(script, folder, 3)
