@@ -199,7 +199,7 @@ compute e all pe/atom
 compute s all stress/atom NULL virial
 {"compute u all hlgauss/atom " + " ".join(FIELDS) if fields else ""}
 compute p all pressure NULL virial
-thermo_style custom step pe c_p[*]
+thermo_style custom step temp pe c_p[*]
 """
 
 
