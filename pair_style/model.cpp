@@ -146,12 +146,29 @@ struct SelfTest {
   Tensor species, centers, neighbors, vectors;
 };
 
-void copy(const Tensor &tensor, std::vector<double> &values)
-{
-  const Tensor flat = tensor.to(torch::kCPU, torch::kFloat64).contiguous();
-  const double *begin = flat.data_ptr<double>();
-  values.assign(begin, begin + flat.numel());
-}
+/// Tensors that go to the host in one transfer.
+class Download {
+public:
+  void add(const Tensor &tensor, std::vector<double> &values)
+  {
+    parts.push_back(tensor.to(torch::kFloat64).flatten());
+    targets.push_back(&values);
+  }
+
+  void fetch()
+  {
+    const Tensor all = torch::cat(parts).cpu();
+    const double *begin = all.data_ptr<double>();
+    for (size_t k = 0; k < parts.size(); k++) {
+      targets[k]->assign(begin, begin + parts[k].numel());
+      begin += parts[k].numel();
+    }
+  }
+
+private:
+  Tensors parts;
+  std::vector<std::vector<double> *> targets;
+};
 
 class TorchModel : public Model {
 public:
@@ -307,6 +324,7 @@ private:
   {
     const auto num_nodes = (int64_t) graph.species.size();
     if (!graph.same_edges || !edges_centers.defined()) {
+      species = view(graph.species).to(device);
       edges_centers = view(graph.centers).to(device);
       edges_neighbors = view(graph.neighbors).to(device);
     }
@@ -326,39 +344,39 @@ private:
     }
     result.num_edges = layer_edges.back();
     const Outputs found =
-        evaluate_layers(view(graph.species).to(device), centers, neighbors, r.to(dtype),
-                        graph.layer_nodes, layer_edges, request.fields, exchange, meter);
+        evaluate_layers(species, centers, neighbors, r.to(dtype), graph.layer_nodes, layer_edges,
+                        request.fields, exchange, meter);
 
     const Tensor g = found.gradients.to(torch::kFloat64);
     const auto on_nodes = [&](int64_t width) {
       return torch::zeros({num_nodes, width}, g.options());
     };
-    copy(on_nodes(3).index_add_(0, centers, g).index_add_(0, neighbors, -g), result.forces);
-    copy(found.energy, result.energy);
-    if (request.virial) {
-      // of one edge r and g need not be parallel, the sum is symmetric
-      const Tensor sum = -torch::matmul(r.t(), g).cpu();
-      const double *w = sum.data_ptr<double>();
-      const double symmetric[6] = {
-          w[0], w[4], w[8], 0.5 * (w[1] + w[3]), 0.5 * (w[2] + w[6]), 0.5 * (w[5] + w[7])};
-      std::copy(symmetric, symmetric + 6, result.virial);
-    }
+    Download down;
+    down.add(found.energy, result.energy);
+    down.add(on_nodes(3).index_add_(0, centers, g).index_add_(0, neighbors, -g), result.forces);
+    // of one edge r and g need not be parallel, the sum is symmetric
+    std::vector<double> w(9, 0.0);
+    if (request.virial) down.add(-torch::matmul(r.t(), g), w);
     if (request.atom_virials || request.centroid_virials) {
-      const Tensor w = -(r.unsqueeze(2) * g.unsqueeze(1)).flatten(1);
+      const Tensor of_edges = -(r.unsqueeze(2) * g.unsqueeze(1)).flatten(1);
       const auto order = [&](const std::vector<int64_t> &columns) {
-        return w.index_select(1, view(columns).to(device));
+        return of_edges.index_select(1, view(columns).to(device));
       };
       if (request.atom_virials) {
         const Tensor half = 0.25 * (order({0, 4, 8, 1, 2, 5}) + order({0, 4, 8, 3, 6, 7}));
-        copy(on_nodes(6).index_add_(0, centers, half).index_add_(0, neighbors, half),
-             result.atom_virials);
+        down.add(on_nodes(6).index_add_(0, centers, half).index_add_(0, neighbors, half),
+                 result.atom_virials);
       }
       if (request.centroid_virials)
-        copy(on_nodes(9).index_add_(0, neighbors, order({0, 4, 8, 1, 2, 5, 3, 6, 7})),
-             result.centroid_virials);
+        down.add(on_nodes(9).index_add_(0, neighbors, order({0, 4, 8, 1, 2, 5, 3, 6, 7})),
+                 result.centroid_virials);
     }
     result.fields.resize(found.fields.size());
-    for (size_t k = 0; k < found.fields.size(); k++) copy(found.fields[k], result.fields[k]);
+    for (size_t k = 0; k < found.fields.size(); k++) down.add(found.fields[k], result.fields[k]);
+    down.fetch();
+    const double symmetric[6] = {
+        w[0], w[4], w[8], 0.5 * (w[1] + w[3]), 0.5 * (w[2] + w[6]), 0.5 * (w[5] + w[7])};
+    std::copy(symmetric, symmetric + 6, result.virial);
   }
 
   /// Layer by layer forwards, then the gradients layer by layer backwards. Between two layers an
@@ -496,7 +514,7 @@ private:
   torch::Dtype dtype;
   int threads;
   double budget, bytes_per_atom, bytes_per_edge;
-  Tensor edges_centers, edges_neighbors;    // on the device, of the last graph
+  Tensor species, edges_centers, edges_neighbors;    // on the device, of the last graph
   int64_t peak;
   std::string notice;
 };
