@@ -94,6 +94,8 @@ WAYS = {
     "device": "edges device",
     "device_extended": "edges device comm extended",
     "portions": "memory 0.05",
+    "cuda": "device cuda",
+    "cuda_host": "device cuda edges host memory 1",
 }
 CASES = [("local", name, "default") for name in (*EVERYWHERE, "cluster", "isolated")]
 CASES += [
@@ -101,10 +103,24 @@ CASES += [
     for name in (*EVERYWHERE, "shrink_wrapped", "isolated_periodic", "large")
 ]
 CASES += [("float32", "triclinic", "default")]
-CASES += [("mp", "large", way) for way in WAYS if way != "default"]
+CASES += [("mp", "large", way) for way in ("extended", "device", "device_extended", "portions")]
 CASES += [("mp", name, "extended") for name in ("small_cell", "shrink_wrapped")]
 CASES += [("local", name, "device") for name in ("triclinic", "cluster")]
 CASES += [("local", "large", "portions"), ("mp", "isolated_periodic", "device")]
+RANKS = (1, 2, 3, 4)
+MORE_RANKS = [("local", "triclinic", "default"), ("mp", "shrink_wrapped", "default")]
+MORE_RANKS += [("mp", "large", way) for way in ("default", "extended", "device")]
+
+# on a GPU: everything
+GPU_CASES = [(model, name, "cuda") for model, name, way in CASES if way == "default"]
+GPU_CASES += [(model, "large", "cuda_host") for model in ("local", "mp")]
+
+
+def cases_of(num_ranks):
+    return CASES if num_ranks <= 2 else MORE_RANKS
+
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
 CASE = """
 clear
@@ -162,10 +178,11 @@ def calculators(folder):
     return {name: HLCalculator(folder / f"{name}.pt") for name in MODELS}
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3, 4], ids=lambda n: f"{n}rank{'s' * (n > 1)}")
+@pytest.fixture(scope="module")
 def ranks(request, folder):
     """Runs every case in one LAMMPS process on this many ranks."""
-    script = "".join(case(*one, request.param) for one in CASES)
+    cases = cases_of(request.param) + GPU_CASES * torch.cuda.is_available()
+    script = "".join(case(*one, request.param) for one in cases)
     result = run_lammps(script, folder, request.param)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     return request.param
@@ -197,7 +214,15 @@ def atomic_virials(model, atoms):
     return shared.numpy(), to_neighbor.numpy()
 
 
-@pytest.mark.parametrize(("model", "name", "way"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(
+    ("ranks", "model", "name", "way"),
+    [
+        pytest.param(n, *one, id=f"{n}-{'-'.join(one)}", marks=no_gpu if one in GPU_CASES else ())
+        for n in RANKS
+        for one in cases_of(n) + GPU_CASES
+    ],
+    indirect=["ranks"],
+)
 def test_lammps_equals_python(folder, calculators, ranks, model, name, way):
     atoms = SYSTEMS[name]
     want, virial = python_results(calculators[model], atoms)
