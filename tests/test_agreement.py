@@ -1,6 +1,7 @@
 """The real network in LAMMPS equals Python's calculator: energy, forces, virial, every field."""
 
 import copy
+import functools
 import json
 import warnings
 
@@ -178,14 +179,13 @@ def calculators(folder):
     return {name: HLCalculator(folder / f"{name}.pt") for name in MODELS}
 
 
-@pytest.fixture(scope="module")
-def ranks(request, folder):
+@functools.cache
+def run_cases(folder, num_ranks):
     """Runs every case in one LAMMPS process on this many ranks."""
-    cases = cases_of(request.param) + GPU_CASES * torch.cuda.is_available()
-    script = "".join(case(*one, request.param) for one in cases)
-    result = run_lammps(script, folder, request.param)
+    cases = cases_of(num_ranks) + GPU_CASES * torch.cuda.is_available()
+    script = "".join(case(*one, num_ranks) for one in cases)
+    result = run_lammps(script, folder, num_ranks)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    return request.param
 
 
 def python_results(calculator, atoms):
@@ -221,9 +221,9 @@ def atomic_virials(model, atoms):
         for n in RANKS
         for one in cases_of(n) + GPU_CASES
     ],
-    indirect=["ranks"],
 )
 def test_lammps_equals_python(folder, calculators, ranks, model, name, way):
+    run_cases(folder, ranks)
     atoms = SYSTEMS[name]
     want, virial = python_results(calculators[model], atoms)
     rows = read_dump(folder / f"{model}.{name}.{way}.{ranks}.dump")
