@@ -143,8 +143,9 @@ class Trajectory:
     def runs(self) -> list[dict[str, Any]]:
         """Where the frames come from: one entry per LAMMPS run that wrote to the file.
 
-        Each holds start_step, from_restart, versions, the fix command, the input script and, if
-        there was one, path and SHA-256 hash of the model.
+        Each holds start_step, from_restart, first_frame (its first frame in the file),
+        frames_removed (of earlier runs, beyond start_step), versions, the fix command, the input
+        script and, if there was one, path, SHA-256 hash and card of the model.
         """
 
         def read(group: h5py.Group) -> list[dict[str, Any]]:

@@ -182,6 +182,7 @@ def test_layout_is_h5md_1_1(short_run):
 def test_provenance_is_inside(short_run):
     with open_trajectory(short_run / "traj.h5md") as trajectory:
         (run,) = trajectory.runs
+    assert run["hdf5_version"].count(".") == 2 and run["num_ranks"] == "1"
     assert run["lammps_version"] and run["lmp_hl_version"] and run["pair_style"] == "lj/cut"
     assert run["start_step"] == 0 and run["from_restart"] == 0
     assert run["fix"] == "fix traj all hlgauss/h5md 5 traj.h5md id type x v f c_pe c_n"
@@ -382,6 +383,7 @@ def test_append_after_restart_cuts_the_frames_beyond_it(tmp_path, interrupted_ru
         first, second = trajectory.runs
         assert (first["from_restart"], second["from_restart"]) == (0, 1)
         assert second["start_step"] == 12 and second["num_ranks"] == "2"
+        assert (second["first_frame"], second["frames_removed"]) == (3, 2)
 
 
 @pytest.mark.parametrize(
@@ -502,6 +504,46 @@ def test_kill_minus_nine_loses_no_finished_frame(tmp_path):
         assert check_every_frame(folder / "traj.h5md") >= seen > 0
 
 
+@pytest.mark.slow
+def test_sixty_kills_at_random_moments_of_runs_that_append(tmp_path):
+    """Kills while LAMMPS starts, while frames are cut, and in any moment of writing."""
+    rng = random.Random(11)
+    path = tmp_path / "traj.h5md"
+    kept, grew = 0, 0
+    for attempt in range(60):
+        # each run starts some steps before the end of the file, as one from a restart file would
+        start = max(kept - 1 - rng.choice([0, 0, 3, 40]), 1)
+        script = ENDLESS.replace("overwrite", f"append compress gzip {1 + attempt % 2}")
+        if kept:
+            script = script.replace("fix traj", f"reset_timestep {start}\nfix traj")
+        (tmp_path / "in.lmp").write_text(script)
+        process = subprocess.Popen(
+            [str(BIN / "lmp"), "-in", "in.lmp", "-log", "none"],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        seen = 0
+        try:
+            deadline = time.monotonic() + rng.uniform(0.0, 2.5)
+            while time.monotonic() < deadline:
+                assert process.poll() is None
+                if path.exists():
+                    with open_trajectory(path) as trajectory:
+                        seen = trajectory.num_frames
+        finally:
+            kill(process)
+        if not path.exists():
+            continue
+        frames = check_every_frame(path)
+        # what was there stays, but for frames beyond the start, and so does what was seen
+        assert frames >= (min(kept, start + 1) if kept else 0)
+        assert frames >= min(seen, start + 1) if seen <= kept else frames >= seen
+        grew += frames > kept
+        kept = frames
+    assert grew > 15, "most kills must meet a run that writes"
+
+
 def test_reading_while_it_is_written_and_keeping_a_second_writer_out(tmp_path):
     process = start_endless(tmp_path)
     try:
@@ -548,6 +590,58 @@ def test_frame_that_triggered_fix_halt_is_in_the_file(tmp_path, order, after):
         energies = trajectory[1]["c_pe"]
         assert np.isfinite(energies).all() and np.ptp(energies) > 0
         np.testing.assert_allclose(trajectory[1]["v_twice"], 2 * energies, rtol=1e-6)
+
+
+def test_hard_halt_leaves_the_frames_that_were_due(tmp_path):
+    lmp(
+        tmp_path,
+        crystal()
+        + "fix nve all nve\nvariable late equal step\n"
+        + "fix traj all hlgauss/h5md 4 traj.h5md id x c_pe\n"
+        + "fix stop all halt 4 v_late > 10 error hard\nrun 100\n",
+        ok=False,
+    )
+    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
+        assert trajectory.steps.tolist() == [0, 4, 8, 12], "written before the halt was asked"
+        assert np.ptp(trajectory[-1]["c_pe"]) > 0
+
+
+def test_a_variable_chooses_the_steps(tmp_path):
+    setup = crystal() + "fix nve all nve\nvariable log equal logfreq(1,3,4)\n"
+    fix = "fix traj all hlgauss/h5md 1 {} id x c_pe c_n every v_{}\n"
+    lmp(
+        tmp_path,
+        setup
+        + fix.format("log.h5md", "log")
+        + "dump d all custom 1 dump.txt id c_pe\ndump_modify d sort id every v_log\n"
+        + "run 5\nrun 7 pre no\nrun 6\nundump d\nunfix traj\nclear\n"
+        + setup  # a run that starts on a step without a frame; a step chosen by a compute
+        + "variable next equal step+7\n"
+        + fix.format("seven.h5md", "next").replace("\n", " precision double append\n")
+        + "run 5\nwrite_restart at.restart\nrun 15\nclear\n"
+        + CONTINUE
+        + "compute n all coord/atom cutoff 3.0\nvariable next equal step+7\n"
+        + fix.format("seven.h5md", "next").replace("\n", " precision double append\n")
+        + "run 20\nclear\n"
+        + setup  # the last frame of a halted run is complete on any schedule
+        + "variable far equal 1e9\nvariable late equal step\n"
+        + fix.format("far.h5md", "far")
+        + "fix stop all halt 3 v_late > 5 error soft message no\nrun 100\n",
+    )
+    dumped = read_dump(tmp_path / "dump.txt")
+    with open_trajectory(tmp_path / "log.h5md") as trajectory:
+        assert trajectory.steps.tolist() == [0, 1, 2, 3, 4, 8, 12, 16]
+        assert [step for step, _ in dumped] == trajectory.steps[1:].tolist()
+        for (_, values), frame in zip(dumped, list(trajectory)[1:], strict=True):
+            np.testing.assert_allclose(frame["c_pe"], values["c_pe"], rtol=1e-4)
+    with open_trajectory(tmp_path / "seven.h5md") as trajectory:
+        # first steps 0, 7, 14 (and 21 never came); the restart at step 5 names 12, 19
+        assert trajectory.steps.tolist() == [0, 12, 19]
+        assert [run["first_frame"] for run in trajectory.runs] == [0, 1]
+        assert [run["frames_removed"] for run in trajectory.runs] == [0, 2]
+    with open_trajectory(tmp_path / "far.h5md") as trajectory:
+        assert trajectory.steps.tolist() == [0, 6]
+        assert np.isfinite(trajectory[1]["c_pe"]).all()
 
 
 def test_values_that_do_not_exist_when_a_timeout_ends_the_run_are_missing(tmp_path):
@@ -658,13 +752,20 @@ print("both work")
         ("5 t.h5md x append overwrite", "once, not both"),
         ("5 t.h5md x append v", "unknown keyword 'v' after the columns"),
         ("5 t.h5md x f_slow", "which does not divide N = 5"),
+        ("5 t.h5md x every 10", "expected 'every v_name', got 'every 10'"),
+        ("5 t.h5md x every v_nope", "no variable 'nope'"),
+        ("5 t.h5md x every v_atomic", "variable 'atomic' is not of style equal"),
+        ("5 t.h5md x every v_back", "must give a step after the present one (0), got -1"),
+        ("5 t.h5md x f_slow every v_two", "a frame is due on step 2"),
     ],
 )
 def test_bad_lines_are_refused_before_a_file_is_made(tmp_path, words, expected):
-    slow = "fix slow all ave/atom 1 3 3 c_pe\n"
-    script = crystal() + slow + f"fix traj all hlgauss/h5md {words}\nrun 0\n"
+    slow = "fix slow all ave/atom 1 3 3 c_pe\nvariable atomic atom x\n"
+    slow += "variable back equal step-1\nvariable two equal step+2\n"
+    script = crystal() + slow + f"fix traj all hlgauss/h5md {words}\nrun 2\n"
     assert expected in error_line(lmp(tmp_path, script, ok=False))
-    assert not (tmp_path / "t.h5md").exists()
+    if "every v_back" not in words and "every v_two" not in words:  # known when it is evaluated
+        assert not (tmp_path / "t.h5md").exists()
 
 
 def test_a_step_that_goes_back_is_refused(tmp_path):
@@ -675,15 +776,28 @@ def test_a_step_that_goes_back_is_refused(tmp_path):
         assert trajectory.steps.tolist() == [0, 5]
 
 
-def test_time_is_accumulated_over_changes_of_the_time_step(tmp_path):
-    lmp(
+def test_time_is_that_of_thermo_and_steps_have_64_bits(tmp_path):
+    output = lmp(
         tmp_path,
         crystal()
         + "fix nve all nve\nfix traj all hlgauss/h5md 5 traj.h5md id x\n"
-        + "run 5\ntimestep 0.002\nrun 5\n",
+        + "variable t equal time\nfix print all print 5 'TIME $(step) $(v_t:%.12f)'\n"
+        + "run 5\ntimestep 0.002\nrun 5\nreset_timestep 30\nrun 5\n"
+        + "reset_timestep 5000000000 time 7.5\nrun 10\nreset_timestep 9000000000000000\nrun 5\n",
     )
+    printed = {}
+    for line in output.splitlines():
+        if line.startswith("TIME"):
+            printed[int(line.split()[1])] = float(line.split()[2])
     with open_trajectory(tmp_path / "traj.h5md") as trajectory:
-        np.testing.assert_allclose(trajectory.times, [0.0, 0.005, 0.015], rtol=1e-12)
+        steps = trajectory.steps.tolist()
+        assert steps[:3] == [0, 5, 10] and steps[-1] == 9000000000000005
+        assert set(printed) <= set(steps) and 5000000010 in printed
+        times = dict(zip(steps, trajectory.times, strict=True))
+        assert times[5] == pytest.approx(0.005) and times[10] == pytest.approx(0.015)
+        assert times[5000000010] == pytest.approx(7.52, rel=1e-12)
+        for step, time in printed.items():
+            assert times[step] == pytest.approx(time, rel=1e-12), step
 
 
 def test_reduced_units_have_no_unit_strings(tmp_path):
