@@ -294,9 +294,12 @@ class Trajectory:
         """Names of the per-atom quantities."""
         self.units: dict[str, str] = {}
         """Unit of each column, of "time" and of "length"; "" if the file names none."""
+        self.dtypes: dict[str, np.dtype] = {}
+        """Number type of each column in the file."""
         self._factors: dict[str, float] = {}
         for name, element in elements.items():
             attributes = element["value"].attrs
+            self.dtypes[name] = element["value"].dtype
             self.units[name] = attributes.get("lammps_unit", attributes.get("unit", ""))
             self._factors[name] = float(attributes.get("lammps_factor", 1.0))
         self.units["time"] = group["box/edges/time"].attrs.get("unit", "")
