@@ -80,6 +80,15 @@ def _analyze(args: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(args: argparse.Namespace) -> int:
+    from lmp_hl.convert import convert
+
+    frames = slice(args.start, args.stop, args.step)
+    count = convert(args.trajectory, args.out, frames, progress=sys.stderr.isatty())
+    print(f"wrote {count} frames to {args.out}")
+    return 0
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from lmp_hl import doctor
 
@@ -92,6 +101,12 @@ def _threshold(text: str) -> tuple[str, float]:
         return name, float(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"wanted FIELD=VALUE, got '{text}'") from None
+
+
+def _frame_step(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"wanted a positive number of frames, got '{text}'")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -176,6 +191,24 @@ def _parser() -> argparse.ArgumentParser:
         "--threshold", type=_threshold, action="append", default=[], metavar="FIELD=VALUE",
         help="count atoms above it (default: median + 5 robust standard deviations of frame 0)",
     )  # fmt: skip
+
+    p = verb(
+        "convert", _convert, "write a trajectory as extended XYZ or as a LAMMPS dump for OVITO",
+        "lmp-hl convert traj.h5md last.extxyz --start -100",
+    )  # fmt: skip
+    p.add_argument("trajectory", type=Path, metavar="traj.h5md")
+    p.add_argument(
+        "out", type=Path, metavar="OUT",
+        help="extended XYZ in ASE's units (.xyz, .extxyz) or LAMMPS dump (.lammpstrj, .dump)",
+    )  # fmt: skip
+    for name, about in (
+        ("start", "first frame, counted from 0, or from the end if negative"),
+        ("stop", "the frame before which to stop"),
+        ("step", "take every Nth frame"),
+    ):
+        p.add_argument(
+            f"--{name}", type=_frame_step if name == "step" else int, metavar="N", help=about
+        )
 
     verb("doctor", _doctor, "find out what is wrong with this installation", "lmp-hl doctor")
     return parser

@@ -143,8 +143,9 @@ class Trajectory:
     def runs(self) -> list[dict[str, Any]]:
         """Where the frames come from: one entry per LAMMPS run that wrote to the file.
 
-        Each holds start_step, from_restart, versions, the fix command, the input script and, if
-        there was one, path and SHA-256 hash of the model.
+        Each holds start_step, from_restart, first_frame (its first frame in the file),
+        frames_removed (of earlier runs, beyond start_step), versions, the fix command, the input
+        script and, if there was one, path, SHA-256 hash and card of the model.
         """
 
         def read(group: h5py.Group) -> list[dict[str, Any]]:
@@ -293,9 +294,12 @@ class Trajectory:
         """Names of the per-atom quantities."""
         self.units: dict[str, str] = {}
         """Unit of each column, of "time" and of "length"; "" if the file names none."""
+        self.dtypes: dict[str, np.dtype] = {}
+        """Number type of each column in the file."""
         self._factors: dict[str, float] = {}
         for name, element in elements.items():
             attributes = element["value"].attrs
+            self.dtypes[name] = element["value"].dtype
             self.units[name] = attributes.get("lammps_unit", attributes.get("unit", ""))
             self._factors[name] = float(attributes.get("lammps_factor", 1.0))
         self.units["time"] = group["box/edges/time"].attrs.get("unit", "")

@@ -637,7 +637,7 @@ private:
                                H5P_DEFAULT),
                 "linking an observable");
     }
-    record_run(runs, settings, 0);
+    record_run(runs, settings, 0, 0);
   }
 
   static std::vector<hsize_t> frame_shape(const hlgauss_h5md_column &column, hsize_t atoms)
@@ -655,11 +655,20 @@ private:
               "linking step and time");
   }
 
-  static void record_run(hid_t runs, const hlgauss_h5md_settings &settings, size_t number)
+  /// What wrote the frames from `first_frame` on; num_cut: frames of earlier runs it removed.
+  static void record_run(hid_t runs, const hlgauss_h5md_settings &settings, int64_t first_frame,
+                         int64_t num_cut)
   {
-    const Handle run = create_group(runs, std::to_string(number).c_str());
+    const Handle run = create_group(runs, std::to_string(links_of(runs).list.size()).c_str());
     write_attribute(run, "start_step", H5T_NATIVE_INT64, &settings.start_step, 0);
     write_attribute(run, "from_restart", H5T_NATIVE_INT, &settings.from_restart, 0);
+    write_attribute(run, "first_frame", H5T_NATIVE_INT64, &first_frame, 0);
+    write_attribute(run, "frames_removed", H5T_NATIVE_INT64, &num_cut, 0);
+    unsigned version[3];
+    H5get_libversion(&version[0], &version[1], &version[2]);
+    write_text(run, "hdf5_version",
+               std::to_string(version[0]) + "." + std::to_string(version[1]) + "." +
+                   std::to_string(version[2]));
     for (int k = 0; k < settings.num_texts; k++)
       write_text(run, settings.texts[k].name, settings.texts[k].value);
   }
@@ -712,7 +721,7 @@ private:
       for (auto &column : columns_) column.cut(keep);
       flush();
       const Handle runs(H5Gopen2(file_, "/parameters/runs", H5P_DEFAULT), "runs");
-      record_run(runs, settings, links_of(runs).list.size());
+      record_run(runs, settings, opened.num_frames, opened.num_cut);
       flush();
     });
     num_frames_ = keep;

@@ -9,7 +9,7 @@ import pytest
 
 from lmp_hl import __version__, cli
 
-VERBS = ["train", "export", "info", "evaluate", "analyze", "doctor"]
+VERBS = ["train", "export", "info", "evaluate", "analyze", "convert", "doctor"]
 
 
 def stand_in(monkeypatch, name, **functions):
@@ -41,6 +41,8 @@ def test_help_of_every_verb_has_an_example(verb, capsys):
         ["evaluate", "hl.pt"],
         ["analyze", "t.h5md", "--threshold", "force_std"],
         ["analyze", "t.h5md", "--axis", "q"],
+        ["convert", "t.h5md"],
+        ["convert", "t.h5md", "t.xyz", "--step", "0"],
     ],
 )
 def test_wrong_words_give_one_line_and_exit_code_2(words, capsys):

@@ -1,83 +1,17 @@
-"""fix hlgauss/h5md and lmp_hl.h5md: the file holds what LAMMPS had, and survives what happens."""
+"""fix hlgauss/h5md and lmp_hl.h5md: the file holds what LAMMPS had."""
 
 from __future__ import annotations
 
-import os
-import random
-import resource
-import signal
 import subprocess
 import sys
-import time
 import warnings
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from crystal import CONTINUE, crystal, error_line, lmp, read_dump
 
 from lmp_hl.h5md import open_trajectory
-
-BIN = Path(sys.prefix) / "bin"
-
-# 256 atoms of a binary Lennard-Jones crystal; %s: region, columns and options of the fix
-CRYSTAL = """
-units metal
-atom_modify map yes
-boundary {boundary}
-lattice fcc 3.615
-region b {region}
-create_box 2 b
-create_atoms 1 box
-set group all type/fraction 2 0.3 4711
-mass 1 63.546
-mass 2 58.69
-pair_style lj/cut 5
-pair_coeff * * 0.1 2.3
-velocity all create {temperature} 1234
-compute pe all pe/atom
-compute s all stress/atom NULL
-compute n all coord/atom cutoff 3.0
-thermo 100
-"""
-
-
-def crystal(region="block 0 4 0 4 0 4", boundary="p p p", temperature=600):
-    return CRYSTAL.format(region=region, boundary=boundary, temperature=temperature)
-
-
-def lmp(folder, script, ranks=1, ok=True, **options):
-    """Run LAMMPS on `script` in `folder`; return everything it printed."""
-    (folder / "in.lmp").write_text(script)
-    command = [str(BIN / "lmp"), "-in", "in.lmp", "-log", "none", "-nocite"]
-    if ranks > 1:
-        command = [str(BIN / "mpirun"), "-np", str(ranks), *command]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=120, **options
-    )
-    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
-
-
-def error_line(output):
-    """The one line that LAMMPS prints about an error."""
-    lines = [line for line in output.splitlines() if line.startswith("ERROR")]
-    assert len(lines) == 1, output[-2000:]
-    return lines[0]
-
-
-def read_dump(path):
-    """LAMMPS text dump as a list of (step, box bounds, {column: values})."""
-    frames = []
-    for block in path.read_text().split("ITEM: TIMESTEP\n")[1:]:
-        lines = block.splitlines()
-        start = next(k for k, line in enumerate(lines) if line.startswith("ITEM: ATOMS"))
-        names = lines[start].split()[2:]
-        rows = np.array([line.split() for line in lines[start + 1 :]], float).reshape(
-            -1, len(names)
-        )
-        frames.append((int(lines[0]), dict(zip(names, rows.T, strict=True))))
-    return frames
 
 
 @pytest.mark.parametrize(
@@ -182,6 +116,7 @@ def test_layout_is_h5md_1_1(short_run):
 def test_provenance_is_inside(short_run):
     with open_trajectory(short_run / "traj.h5md") as trajectory:
         (run,) = trajectory.runs
+    assert run["hdf5_version"].count(".") == 2 and run["num_ranks"] == "1"
     assert run["lammps_version"] and run["lmp_hl_version"] and run["pair_style"] == "lj/cut"
     assert run["start_step"] == 0 and run["from_restart"] == 0
     assert run["fix"] == "fix traj all hlgauss/h5md 5 traj.h5md id type x v f c_pe c_n"
@@ -322,248 +257,42 @@ run 5
         assert trajectory[3]["id"].max() == 257
 
 
-def test_existing_file_is_left_alone_without_append_or_overwrite(tmp_path):
-    precious = tmp_path / "traj.h5md"
-    precious.write_bytes(b"results of last year")
-    fix = "fix traj all hlgauss/h5md 5 traj.h5md id x\nrun 5\n"
-    assert "add 'append' or 'overwrite'" in error_line(lmp(tmp_path, crystal() + fix, 2, ok=False))
-    assert precious.read_bytes() == b"results of last year"
-    message = error_line(lmp(tmp_path, crystal() + fix.replace(" x", " x append"), ok=False))
-    assert "no HDF5 file or it is damaged" in message
-    assert precious.read_bytes() == b"results of last year"
-
-    lmp(tmp_path, crystal() + fix.replace(" x", " x overwrite"))
-    with open_trajectory(precious) as trajectory:
-        assert trajectory.steps.tolist() == [0, 5]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.lmp", "traj.h5md"]
-
-
-@pytest.fixture(scope="module")
-def interrupted_run(tmp_path_factory):
-    """A run that wrote a restart file at step 12 and frames every 5 steps up to step 20."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    lmp(
-        folder,
-        crystal()
-        + "fix nve all nve\nfix traj all hlgauss/h5md 5 traj.h5md id type x v c_pe\n"
-        + "run 12\nwrite_restart at.restart\nrun 8\n",
-    )
-    return folder
-
-
-CONTINUE = """
-read_restart at.restart
-pair_style lj/cut 5
-pair_coeff * * 0.1 2.3
-compute pe all pe/atom
-fix nve all nve
-"""
-
-
-def test_append_after_restart_cuts_the_frames_beyond_it(tmp_path, interrupted_run):
-    for name in ("traj.h5md", "at.restart"):
-        (tmp_path / name).write_bytes((interrupted_run / name).read_bytes())
-    output = lmp(
-        tmp_path,
-        CONTINUE + "fix traj all hlgauss/h5md 5 traj.h5md id type x v c_pe append\nrun 13\n",
-        ranks=2,
-    )
-    assert "continues after 3 frames; 2 frames beyond step 12 were removed" in output
-    with (
-        open_trajectory(tmp_path / "traj.h5md") as trajectory,
-        open_trajectory(interrupted_run / "traj.h5md") as before,
-    ):
-        assert trajectory.steps.tolist() == [0, 5, 10, 15, 20, 25]
-        np.testing.assert_allclose(trajectory.times, trajectory.steps * 1e-3, rtol=1e-12)
-        for i in range(3):
-            np.testing.assert_array_equal(trajectory[i]["position"], before[i]["position"])
-        # the same physics to rounding: few steps after a restart with new neighbour lists
-        np.testing.assert_allclose(trajectory[4]["position"], before[4]["position"], atol=1e-4)
-        first, second = trajectory.runs
-        assert (first["from_restart"], second["from_restart"]) == (0, 1)
-        assert second["start_step"] == 12 and second["num_ranks"] == "2"
-
-
-@pytest.mark.parametrize(
-    ("columns", "change", "expected"),
-    [
-        ("id type x c_pe", "", "it has the columns"),
-        ("id type x v c_pe precision double", "", "another number type"),
-        ("id type x v c_pe", "start over", "would remove them"),
-    ],
-)
-def test_append_refuses_what_does_not_fit(tmp_path, interrupted_run, columns, change, expected):
-    for name in ("traj.h5md", "at.restart"):
-        (tmp_path / name).write_bytes((interrupted_run / name).read_bytes())
-    start = crystal() if change else CONTINUE
-    fix = f"fix traj all hlgauss/h5md 5 traj.h5md {columns} append\nrun 5\n"
-    assert expected in error_line(lmp(tmp_path, start + fix, ok=False))
-    assert (tmp_path / "traj.h5md").read_bytes() == (interrupted_run / "traj.h5md").read_bytes()
-
-
-def limit_file_size():
-    # MPICH needs a few MB for its own shared memory
-    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000_000, 12_000_000))
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_full_disk_ends_the_run_and_leaves_a_readable_file(tmp_path, ranks):
-    script = (
-        crystal("block 0 12 0 12 0 12")
-        + "fix nve all nve\nvariable now atom step\n"
-        + "fix traj all hlgauss/h5md 1 traj.h5md id type x v f v_now precision double {}\nrun 40\n"
-    )
-    output = lmp(tmp_path, script.format(""), ranks, ok=False, preexec_fn=limit_file_size)
-    message = error_line(output)
-    assert "no room for the frame at step" in message and "ulimit -f" in message
-    reached = int(message.split("at step ")[1].split()[0])
-    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
-        assert trajectory.steps.tolist() == list(range(reached)) and reached > 5
-        for frame in trajectory:
-            assert (frame["v_now"] == frame.step).all() and np.isfinite(frame["force"]).all()
-
-    before = (tmp_path / "traj.h5md").read_bytes()
-    limited = script.format("append").replace("run 40", "reset_timestep 100\nrun 40")
-    assert "no room" in error_line(
-        lmp(tmp_path, limited, ranks, ok=False, preexec_fn=limit_file_size)
-    )
-    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
-        assert trajectory.steps.tolist() == list(range(reached))
-    if ranks == 1:
-        lmp(tmp_path, limited.replace("run 40", "run 2"))
-        with open_trajectory(tmp_path / "traj.h5md") as trajectory:
-            assert trajectory.steps.tolist() == [*range(reached), 100, 101, 102]
-        assert len(before) < (tmp_path / "traj.h5md").stat().st_size
-
-
-def test_folder_that_cannot_be_written(tmp_path):
-    fix = "fix traj all hlgauss/h5md 5 {}/traj.h5md id x\nrun 5\n"
-    message = error_line(lmp(tmp_path, crystal() + fix.format("nowhere"), 2, ok=False))
-    assert "cannot create nowhere/traj.h5md" in message and "No such file" in message
-    message = error_line(lmp(tmp_path, crystal() + fix.format("/proc"), 2, ok=False))
-    assert "cannot create /proc/traj.h5md" in message
-    if os.geteuid() != 0:  # root may write anywhere
-        (tmp_path / "locked").mkdir(mode=0o555)
-        message = error_line(lmp(tmp_path, crystal() + fix.format("locked"), 2, ok=False))
-        assert "Permission denied" in message
-
-
-ENDLESS = (
-    crystal()
-    + "fix nve all nve\nvariable now atom step\n"
-    + "fix traj all hlgauss/h5md 1 traj.h5md id type x v_now overwrite\nrun 1000000\n"
-)
-
-
-def start_endless(folder):
-    """LAMMPS writing a frame every step, in a process group of its own, with some frames done."""
-    (folder / "in.lmp").write_text(ENDLESS)
-    process = subprocess.Popen(
-        [str(BIN / "lmp"), "-in", "in.lmp", "-log", "none"],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    path = folder / "traj.h5md"
-    deadline = time.monotonic() + 60
-    while not path.exists() or path.stat().st_size < 300_000:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    return process
-
-
-def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)  # `lmp` is a wrapper: its child is LAMMPS
-    process.wait()
-
-
-def check_every_frame(path):
-    with open_trajectory(path) as trajectory:
-        steps = trajectory.steps
-        np.testing.assert_array_equal(steps, np.arange(len(steps)))
-        now = trajectory.values("v_now")
-        position = trajectory.values("position")
-    assert (now == steps[:, None]).all() and np.isfinite(position).all()
-    return len(steps)
-
-
-def test_kill_minus_nine_loses_no_finished_frame(tmp_path):
-    random.seed(5)
-    for attempt in range(4):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        process = start_endless(folder)
-        try:
-            time.sleep(random.uniform(0.0, 0.2))
-            with open_trajectory(folder / "traj.h5md") as trajectory:
-                seen = trajectory.num_frames
-        finally:
-            kill(process)
-        assert check_every_frame(folder / "traj.h5md") >= seen > 0
-
-
-def test_reading_while_it_is_written_and_keeping_a_second_writer_out(tmp_path):
-    process = start_endless(tmp_path)
-    try:
-        with open_trajectory(tmp_path / "traj.h5md") as trajectory:
-            first = trajectory.num_frames
-            assert (trajectory[first - 1]["v_now"] == trajectory[first - 1].step).all()
-            with h5py.File(tmp_path / "traj.h5md") as file:  # as any other program would
-                assert len(file["particles/trajectory/id/value"]) >= first
-            deadline = time.monotonic() + 60
-            while trajectory.refresh() < first + 5:
-                assert time.monotonic() < deadline
-            last = trajectory.num_frames - 1
-            assert (trajectory[last]["v_now"] == trajectory.steps[last]).all()
-        for mode in ("append", "overwrite"):
-            other = ENDLESS.replace("overwrite", mode).replace("run 1", "reset_timestep 9\nrun 1")
-            other = other.replace("reset_timestep 9\n", "")
-            assert "is being written by another run" in error_line(
-                lmp(tmp_path, other.replace("1000000", "1"), ok=False)
-            )
-    finally:
-        kill(process)
-    check_every_frame(tmp_path / "traj.h5md")
-
-
-@pytest.mark.parametrize("order", ["fix before halt", "halt before fix"])
-@pytest.mark.parametrize("after", ["soft", "continue"])
-def test_frame_that_triggered_fix_halt_is_in_the_file(tmp_path, order, after):
-    fixes = [
-        "fix traj all hlgauss/h5md 1000 traj.h5md id x c_pe v_twice",
-        f"fix stop all halt 3 v_late > 10 error {after} message no",
-    ]
-    if order == "halt before fix":
-        fixes.reverse()
+def test_a_variable_chooses_the_steps(tmp_path):
+    setup = crystal() + "fix nve all nve\nvariable log equal logfreq(1,3,4)\n"
+    fix = "fix traj all hlgauss/h5md 1 {} id x c_pe c_n every v_{}\n"
     lmp(
         tmp_path,
-        crystal()
-        + "fix nve all nve\nvariable late equal step\nvariable twice atom 2*c_pe\n"
-        + "\n".join(fixes)
-        + "\nrun 100\n",
-        ranks=2 if after == "soft" else 1,
+        setup
+        + fix.format("log.h5md", "log")
+        + "dump d all custom 1 dump.txt id c_pe\ndump_modify d sort id every v_log\n"
+        + "run 5\nrun 7 pre no\nrun 6\nundump d\nunfix traj\nclear\n"
+        + setup  # a run that starts on a step without a frame; a step chosen by a compute
+        + "variable next equal step+7\n"
+        + fix.format("seven.h5md", "next").replace("\n", " precision double append\n")
+        + "run 5\nwrite_restart at.restart\nrun 15\nclear\n"
+        + CONTINUE
+        + "compute n all coord/atom cutoff 3.0\nvariable next equal step+7\n"
+        + fix.format("seven.h5md", "next").replace("\n", " precision double append\n")
+        + "run 20\nclear\n"
+        + setup  # the last frame of a halted run is complete on any schedule
+        + "variable far equal 1e9\nvariable late equal step\n"
+        + fix.format("far.h5md", "far")
+        + "fix stop all halt 3 v_late > 5 error soft message no\nrun 100\n",
     )
-    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
-        assert trajectory.steps.tolist() == [0, 12]
-        energies = trajectory[1]["c_pe"]
-        assert np.isfinite(energies).all() and np.ptp(energies) > 0
-        np.testing.assert_allclose(trajectory[1]["v_twice"], 2 * energies, rtol=1e-6)
-
-
-def test_values_that_do_not_exist_when_a_timeout_ends_the_run_are_missing(tmp_path):
-    output = lmp(
-        tmp_path,
-        crystal()
-        + "fix nve all nve\ntimer timeout 0:00:01 every 7\n"
-        + "fix traj all hlgauss/h5md 1000000 traj.h5md id x c_pe c_n\nthermo 1000000\n"
-        + "run 1000000\n",
-    )
-    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
-        assert len(trajectory) == 2 and 0 < trajectory.steps[1] < 1000000
-        assert np.isfinite(trajectory[1]["position"]).all()
-        assert np.isfinite(trajectory[1]["c_n"]).all(), "needs no energies"
-        assert np.isnan(trajectory[1]["c_pe"]).all()
-    assert "LAMMPS has no values of 'c_pe'" in output
+    dumped = read_dump(tmp_path / "dump.txt")
+    with open_trajectory(tmp_path / "log.h5md") as trajectory:
+        assert trajectory.steps.tolist() == [0, 1, 2, 3, 4, 8, 12, 16]
+        assert [step for step, _ in dumped] == trajectory.steps[1:].tolist()
+        for (_, values), frame in zip(dumped, list(trajectory)[1:], strict=True):
+            np.testing.assert_allclose(frame["c_pe"], values["c_pe"], rtol=1e-4)
+    with open_trajectory(tmp_path / "seven.h5md") as trajectory:
+        # first steps 0, 7, 14 (and 21 never came); the restart at step 5 names 12, 19
+        assert trajectory.steps.tolist() == [0, 12, 19]
+        assert [run["first_frame"] for run in trajectory.runs] == [0, 1]
+        assert [run["frames_removed"] for run in trajectory.runs] == [0, 2]
+    with open_trajectory(tmp_path / "far.h5md") as trajectory:
+        assert trajectory.steps.tolist() == [0, 6]
+        assert np.isfinite(trajectory[1]["c_pe"]).all()
 
 
 def test_minimization_writes_its_first_and_last_structure(tmp_path):
@@ -658,13 +387,20 @@ print("both work")
         ("5 t.h5md x append overwrite", "once, not both"),
         ("5 t.h5md x append v", "unknown keyword 'v' after the columns"),
         ("5 t.h5md x f_slow", "which does not divide N = 5"),
+        ("5 t.h5md x every 10", "expected 'every v_name', got 'every 10'"),
+        ("5 t.h5md x every v_nope", "no variable 'nope'"),
+        ("5 t.h5md x every v_atomic", "variable 'atomic' is not of style equal"),
+        ("5 t.h5md x every v_back", "must give a step after the present one (0), got -1"),
+        ("5 t.h5md x f_slow every v_two", "a frame is due on step 2"),
     ],
 )
 def test_bad_lines_are_refused_before_a_file_is_made(tmp_path, words, expected):
-    slow = "fix slow all ave/atom 1 3 3 c_pe\n"
-    script = crystal() + slow + f"fix traj all hlgauss/h5md {words}\nrun 0\n"
+    slow = "fix slow all ave/atom 1 3 3 c_pe\nvariable atomic atom x\n"
+    slow += "variable back equal step-1\nvariable two equal step+2\n"
+    script = crystal() + slow + f"fix traj all hlgauss/h5md {words}\nrun 2\n"
     assert expected in error_line(lmp(tmp_path, script, ok=False))
-    assert not (tmp_path / "t.h5md").exists()
+    if "every v_back" not in words and "every v_two" not in words:  # known when it is evaluated
+        assert not (tmp_path / "t.h5md").exists()
 
 
 def test_a_step_that_goes_back_is_refused(tmp_path):
@@ -675,15 +411,28 @@ def test_a_step_that_goes_back_is_refused(tmp_path):
         assert trajectory.steps.tolist() == [0, 5]
 
 
-def test_time_is_accumulated_over_changes_of_the_time_step(tmp_path):
-    lmp(
+def test_time_is_that_of_thermo_and_steps_have_64_bits(tmp_path):
+    output = lmp(
         tmp_path,
         crystal()
         + "fix nve all nve\nfix traj all hlgauss/h5md 5 traj.h5md id x\n"
-        + "run 5\ntimestep 0.002\nrun 5\n",
+        + "variable t equal time\nfix print all print 5 'TIME $(step) $(v_t:%.12f)'\n"
+        + "run 5\ntimestep 0.002\nrun 5\nreset_timestep 30\nrun 5\n"
+        + "reset_timestep 5000000000 time 7.5\nrun 10\nreset_timestep 9000000000000000\nrun 5\n",
     )
+    printed = {}
+    for line in output.splitlines():
+        if line.startswith("TIME"):
+            printed[int(line.split()[1])] = float(line.split()[2])
     with open_trajectory(tmp_path / "traj.h5md") as trajectory:
-        np.testing.assert_allclose(trajectory.times, [0.0, 0.005, 0.015], rtol=1e-12)
+        steps = trajectory.steps.tolist()
+        assert steps[:3] == [0, 5, 10] and steps[-1] == 9000000000000005
+        assert set(printed) <= set(steps) and 5000000010 in printed
+        times = dict(zip(steps, trajectory.times, strict=True))
+        assert times[5] == pytest.approx(0.005) and times[10] == pytest.approx(0.015)
+        assert times[5000000010] == pytest.approx(7.52, rel=1e-12)
+        for step, time in printed.items():
+            assert times[step] == pytest.approx(time, rel=1e-12), step
 
 
 def test_reduced_units_have_no_unit_strings(tmp_path):
