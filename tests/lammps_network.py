@@ -104,13 +104,13 @@ def write_start(path: Path, atoms: Atoms, ids: np.ndarray | None = None) -> None
     xy, xz, yz = cell[1, 0], cell[2, 0], cell[2, 1]
     low = [min(0, xy, xz, xy + xz), min(0, yz), 0]
     high = [cell[0, 0] + max(0, xy, xz, xy + xz), cell[1, 1] + max(0, yz), cell[2, 2]]
-    tilts = (xy, xz, yz) if xy or xz or yz else ("", "", "")
+    bounds = np.stack([low, high], 1)
+    triclinic = bool(xy or xz or yz)
+    if triclinic:
+        bounds = np.column_stack([bounds, [xy, xz, yz]])
     lines = ["ITEM: TIMESTEP", "0", "ITEM: NUMBER OF ATOMS", str(len(ids))]
-    lines.append("ITEM: BOX BOUNDS " + ("xy xz yz " if tilts[0] != "" else "") + "pp pp pp")
-    lines += [
-        f"{float(a)!r} {float(b)!r} {t if t == '' else float(t)!r}"
-        for a, b, t in zip(low, high, tilts, strict=True)
-    ]
+    lines.append(f"ITEM: BOX BOUNDS {'xy xz yz ' if triclinic else ''}pp pp pp")
+    lines += [" ".join(map(repr, row)) for row in bounds.tolist()]
     lines.append("ITEM: ATOMS id type x y z")
     for i, kind, x in zip(ids, atoms.types, atoms.positions.tolist(), strict=True):
         lines.append(f"{i} {kind} {x[0]!r} {x[1]!r} {x[2]!r}")

