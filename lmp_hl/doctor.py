@@ -400,7 +400,7 @@ def _loading(machine: Machine) -> Finding:
     text = f"LAMMPS does not load it and says: {'; '.join(said) or 'nothing'}"
     text += f"; it then ends at the pair_style line with '{NOT_LOADED}'"
     if "undefined symbol" in text and "LAMMPS" in text.partition("undefined symbol")[2]:
-        text += ". The plugin was built for another version of LAMMPS"
+        text += ". The plugin was built for a LAMMPS of another version or other LAMMPS_SIZES"
     return problem(text, f"see the checks above; if they are all right, {reinstall()}")
 
 

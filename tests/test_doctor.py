@@ -169,7 +169,7 @@ def test_plugin_of_another_lammps_is_named(plugin):
     finding = doctor.examine(["plugin in LAMMPS"])["plugin in LAMMPS"]
     assert finding.level == "problem"
     assert "undefined symbol: _ZN9LAMMPS_NS5Error3alX" in finding.text
-    assert "built for another version of LAMMPS" in finding.text
+    assert "built for a LAMMPS of another version" in finding.text
 
 
 def test_switched_off_plugin_is_named(monkeypatch):
