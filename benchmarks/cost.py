@@ -1,10 +1,12 @@
 """Cost in LAMMPS: microseconds per atom and step, with uncertainty at every step and never.
 
-    python benchmarks/cost.py runs/quickstart/hl.pt
+    lmp-hl export --runtime aoti runs/quickstart/train/model.ckpt runs/quickstart/hl.pt2
+    python benchmarks/cost.py runs/quickstart/hl.pt runs/quickstart/hl.pt2 --message-passing
 
 Silicon at 600 K, one MPI rank, one thread; every variant is run `--repeats` times in turn, so all
 meet the same machine. SNAP and quadratic SNAP (Si_Zuo_JPCA2020, built into LAMMPS) stand beside as
-the yardstick. Median and range are printed; read them as ratios.
+the yardstick; with --message-passing also the `mp` preset, whose weights are random: its speed does
+not depend on them. Median and range are printed; read them as ratios to the first line.
 """
 
 import argparse
@@ -18,7 +20,12 @@ from pathlib import Path
 
 import lammps
 
+from lmp_hl.compile import export_compiled
+from lmp_hl.export import export_potential
 from lmp_hl.lammps import command
+from lmp_hl.model_file import load
+from lmp_hl.training.config import ModelConfig
+from lmp_hl.training.module import build_potential
 
 INPUT = """
 units metal
@@ -45,16 +52,29 @@ fix stop all halt 1 v_umax > 1e9
 """
 
 
-def variants(model: Path) -> dict[str, tuple[str, str]]:
+def message_passing(folder: Path) -> list[Path]:
+    """The `mp` preset with random weights, for both runtimes, in the folder."""
+    potential = build_potential(ModelConfig(preset="mp", cutoff=5.0), 1).eval()
+    potential.requires_grad_(False)
+    card = {"name": "mp, random weights"}
+    return [
+        export_potential(potential, ["Si"], card, folder / "mp.pt"),
+        export_compiled(potential, ["Si"], card, folder / "mp.pt2"),
+    ]
+
+
+def variants(models: list[Path]) -> dict[str, tuple[str, str]]:
     """Name -> (pair style lines, extra lines)."""
     potentials = Path(lammps.__file__).parent / "share" / "lammps" / "potentials"
     if not potentials.is_dir():
         potentials = Path(os.environ["LAMMPS_POTENTIALS"])
-    ours = f"pair_style mliap model {model}\npair_coeff * * Si"
-    found = {
-        "lmp-hl, uncertainty never": (ours, ""),
-        "lmp-hl, uncertainty every step": (ours, UNCERTAINTY),
-    }
+    found = {}
+    for model in models:
+        ours = f"pair_style mliap model {model}{{}}\npair_coeff * * Si"
+        found[f"{model.name}, uncertainty never"] = (ours.format(""), "")
+        found[f"{model.name}, uncertainty every step"] = (ours.format(""), UNCERTAINTY)
+        if load(model).num_layers > 1:
+            found[f"{model.name}, extended ghosts"] = (ours.format(" comm extended"), "")
     for name, file in (
         ("SNAP", "Si_Zuo_JPCA2020"),
         ("quadratic SNAP", "Si_Zuo_JPCA2020.quadratic"),
@@ -88,15 +108,24 @@ def measure(lines: tuple[str, str], cells: int, steps: int) -> float:
 
 
 def main() -> None:
-    """Measure in turn, print the table."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
+    parser.add_argument("models", type=Path, nargs="+", metavar="hl.pt")
+    parser.add_argument("--message-passing", action="store_true", help="add the mp preset")
     parser.add_argument("--cells", type=int, default=5, help="5 cells are 1,000 atoms")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the measurements")
     args = parser.parse_args()
-    chosen = variants(args.model.resolve())
+    with tempfile.TemporaryDirectory() as folder:
+        models = [model.resolve() for model in args.models]
+        if args.message_passing:
+            models += message_passing(Path(folder))
+        report(args, variants(models))
+
+
+def report(args: argparse.Namespace, chosen: dict[str, tuple[str, str]]) -> None:
+    """Measure in turn, print the table."""
     times: dict[str, list[float]] = {name: [] for name in chosen}
     for _ in range(args.repeats):
         for name, lines in chosen.items():
