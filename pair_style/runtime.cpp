@@ -200,6 +200,9 @@ std::string runtime_torch_version()
 
 std::unique_ptr<Runtime> scripted_runtime(const torch::jit::Module &module)
 {
+  // on a GPU kernels are fused: for any number of atoms, or each new number would compile them anew
+  torch::jit::FusionStrategy any_size = {{torch::jit::FusionBehavior::DYNAMIC, 3}};
+  torch::jit::setFusionStrategy(any_size);
   return std::make_unique<ScriptedRuntime>(module);
 }
 
