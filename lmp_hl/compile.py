@@ -5,11 +5,14 @@ import copy
 import errno
 import functools
 import io
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +63,10 @@ def export_compiled(
     card = {**card, "runtime": build.describe()}
     exported = make_exported(potential, elements, card)
     scripted = to_bytes(exported)
-    names = stage_names(exported.num_layers)
-    files: dict[str, list[Any]] = {}
     parts = copy.deepcopy(exported.stages).to(device)
-    with (
-        tempfile.TemporaryDirectory(prefix="lmp-hl-") as folder,
-        _full_disk_is_bad_input(),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about itself
-        for k, name in enumerate(names):
-            log(f"compiling {name} ({k + 1} of {len(names)})")
-            # a folder each: stages of equal architecture would overwrite each other's code
-            files[name] = _compile(parts, name, device, cpu_isa, Path(folder, name))
+    names = stage_names(exported.num_layers)
+    with tempfile.TemporaryDirectory(prefix="lmp-hl-") as folder, _full_disk_is_bad_input():
+        files = _compile_stages(parts, names, device, cpu_isa, Path(folder), log)
         content = _package(
             files, {BUILD_RECORD: build.text().encode(), TORCHSCRIPT_RECORD: scripted}
         )
@@ -89,17 +83,12 @@ def export_compiled(
 
 
 def _need_compiler() -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        compiler = get_cpp_compiler()
-    except InvalidCxxCompiler:
-        compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
+    found = torch._inductor.config.cpp.cxx
+    names = [found] if isinstance(found, str) else [name for name in found if name]
+    if not any(shutil.which(name) for name in names):
         raise ValueError(
-            f"compiling needs a C++ compiler, and there is no {compiler}; install g++ or set CXX, "
-            f"or export for TorchScript (leave --runtime aoti away)"
+            f"compiling needs a C++ compiler, and there is no {' or '.join(names)}; install g++ or "
+            f"set CXX, or export for TorchScript (leave --runtime aoti away)"
         )
 
 
@@ -155,7 +144,32 @@ def _example(
     return tuple(x.to(device) for x, _ in inputs), tuple(shape for _, shape in inputs)
 
 
-def _compile(parts: stages.Stages, name: str, device: str, cpu_isa: str, folder: Path) -> list[Any]:
+def _compile_stages(
+    parts: stages.Stages,
+    names: Sequence[str],
+    device: str,
+    cpu_isa: str,
+    folder: Path,
+    log: Callable[[str], None],
+) -> dict[str, list[str]]:
+    """Files of each stage, each made by a process of its own, as many at once as there are CPUs."""
+    job = folder / "stages.pt"
+    torch.save((parts, device, cpu_isa), job)
+
+    def compile_in_process(name: str) -> list[str]:
+        log(f"compiling {name} (of {', '.join(names)})")
+        words = [sys.executable, "-m", "lmp_hl.compile", str(job), name]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"compiling {name} failed:\n{done.stderr}")
+        files: list[str] = json.loads(done.stdout.splitlines()[-1])
+        return files
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return dict(zip(names, pool.map(compile_in_process, names), strict=True))
+
+
+def _compile(parts: stages.Stages, name: str, device: str, cpu_isa: str, folder: Path) -> list[str]:
     """Files of the compiled stage."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -166,9 +180,10 @@ def _compile(parts: stages.Stages, name: str, device: str, cpu_isa: str, folder:
     program = torch.export.export(traced, inputs, dynamic_shapes=shapes)
     options = {
         "aot_inductor.package": True,
-        "aot_inductor.output_path": str(folder),
-        # LAMMPS runs one thread per rank, but the number is the user's
-        "cpp.dynamic_threads": True,
+        # a folder each: stages of equal architecture would overwrite each other's code
+        "aot_inductor.output_path": str(folder / name),
+        # one thread, as LAMMPS ranks have: with more, every sum over neighbours needs atomics
+        "cpp.threads": 1,
     }
     if cpu_isa != "native":
         options["cpp.march"] = cpu_isa
@@ -197,13 +212,13 @@ def _vector_width(cpu_isa: str) -> Iterator[None]:
         cpu_vec_isa.valid_vec_isa_list = found
 
 
-def _package(files: dict[str, list[Any]], records: dict[str, bytes]) -> bytes:
+def _package(files: dict[str, list[str]], records: dict[str, bytes]) -> bytes:
     """The archive that torch's loader of compiled code opens, with records of ours."""
     from torch.export.pt2_archive._package import PT2ArchiveWriter, _package_aoti_files
 
     buffer = io.BytesIO()
     with PT2ArchiveWriter(buffer) as writer:
-        _package_aoti_files(writer, files)
+        _package_aoti_files(writer, dict(files))  # type: ignore[arg-type]
         for name, content in records.items():
             writer.write_bytes(name, content)
     return buffer.getvalue()
@@ -264,3 +279,9 @@ def _compare(
         graph = {k: v if k in on_host else v.to(device) for k, v in graph.items()}
         for with_fields in (False, True):
             stages.evaluate(runtime, graph, exported.fields, with_fields)
+
+
+if __name__ == "__main__":  # one process of _compile_stages
+    job, name = Path(sys.argv[1]), sys.argv[2]
+    parts, device, cpu_isa = torch.load(job, weights_only=False)
+    print(json.dumps(_compile(parts, name, device, cpu_isa, job.parent)))

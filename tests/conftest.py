@@ -1,6 +1,8 @@
 """Shared fixtures: small potentials with random weights and fitted scales, structures, an hl.pt."""
 
 import functools
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -153,6 +155,22 @@ def tiny_model(tmp_path_factory):
     """Path of an exported float64 hl.pt: random weights, strictly local, elements Si and O."""
     path = tmp_path_factory.mktemp("model") / "hl.pt"
     return export_potential(make_potential(num_elements=2), ELEMENTS[:2], make_card(), path)
+
+
+@pytest.fixture(scope="session")
+def compiled_models(tmp_path_factory):
+    """Preset -> float64 hl.pt2 of make_potential(preset, num_elements=2), compiled for this CPU."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("compiling a model needs g++")
+    from lmp_hl.compile import export_compiled
+
+    folder = tmp_path_factory.mktemp("compiled")
+    models = {}
+    for preset in ("local", "mp"):
+        potential = make_potential(preset, num_elements=2)
+        path = folder / f"{preset}.pt2"
+        models[preset] = export_compiled(potential, ELEMENTS[:2], make_card(), path)
+    return models
 
 
 @pytest.fixture

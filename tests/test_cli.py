@@ -114,8 +114,27 @@ def test_export_hands_over_both_paths(monkeypatch, capsys):
         monkeypatch, "lmp_hl.training.checkpoint", export_checkpoint=lambda *a: calls.append(a)
     )
     assert cli.main(["export", "model.ckpt", "hl.pt"]) == 0
-    assert [str(p) for p in calls[0]] == ["model.ckpt", "hl.pt"]
+    assert [str(p) for p in calls[0][:2]] == ["model.ckpt", "hl.pt"]
+    assert calls[0][2:] == ("torchscript", None, "cpu", "native")
     assert "hl.pt" in capsys.readouterr().out
+    words = [
+        "--runtime",
+        "aoti",
+        "--dtype",
+        "float64",
+        "--device",
+        "cuda",
+        "--cpu-isa",
+        "x86-64-v3",
+    ]
+    assert cli.main(["export", "model.ckpt", "hl.pt2", *words]) == 0
+    assert calls[1][2:] == ("aoti", "float64", "cuda", "x86-64-v3")
+
+
+@pytest.mark.parametrize("option", [["--device", "cuda"], ["--cpu-isa", "x86-64-v3"]])
+def test_torchscript_has_no_options_of_compiled_code(option, capsys):
+    assert cli.main(["export", "model.ckpt", "hl.pt", *option]) == 2
+    assert "add --runtime aoti" in capsys.readouterr().err
 
 
 def test_missing_trajectory_is_one_line(tmp_path, capsys):
