@@ -59,8 +59,7 @@ def convert(
         chosen = range(trajectory.num_frames)[frames]
         if not chosen:
             raise ValueError(
-                f"{source} has {trajectory.num_frames} frames, none of them in "
-                f"{frames.start}:{frames.stop}:{frames.step}"
+                f"{source} has {trajectory.num_frames} frames; start, stop and step leave none"
             )
         partial = target.with_name(target.name + ".part")
         try:

@@ -4,8 +4,12 @@
 //                                                [compress gzip L] [every v_name]
 //
 // A frame is due on every step divisible by N. With `every`, N is ignored, as after LAMMPS's
-// `dump_modify every v_name`: the variable gives the next step on which one is due. A new file then
-// also gets the step the run begins with.
+// `dump_modify every v_name`: the variable gives the next step on which one is due, and a new file
+// also gets the step its run begins with.
+//
+// The frame on which a fix halt or a timeout ends a run is written too. Only `fix halt ... error
+// hard` leaves no time for that: it throws inside the halt, so the frame is there if it was due and
+// this fix stands before the halt in the input script.
 
 #ifndef LMP_FIX_HLGAUSS_H5MD_H
 #define LMP_FIX_HLGAUSS_H5MD_H

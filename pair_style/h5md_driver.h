@@ -5,6 +5,7 @@
 // data. This driver writes new blocks at once, because nothing refers to them yet, and holds back
 // changes of existing blocks until HDF5 flushes. Then it writes the superblock (end of file), the
 // index nodes from the root down, and last the object headers, which make a new frame visible.
+// Where frames are removed the headers come first.
 
 #ifndef LMP_HLGAUSS_H5MD_DRIVER_H
 #define LMP_HLGAUSS_H5MD_DRIVER_H
@@ -57,10 +58,25 @@ inline const OrderedFile &self(const H5FD_t *file)
   return *static_cast<const OrderedFile *>(file);
 }
 
+/// While one of these exists, datasets shrink: the headers that hide the removed frames must reach
+/// the file before the index forgets their blocks, before their values are filled in, and before
+/// the file ends where they begin.
+struct Shrinking {
+  inline static int count = 0;
+  Shrinking() { count++; }
+  ~Shrinking() { count--; }
+  Shrinking(const Shrinking &) = delete;
+  Shrinking &operator=(const Shrinking &) = delete;
+};
+
 /// Order in which changed blocks reach the file.
 inline int rank_of(H5FD_mem_t type)
 {
-  return type == H5FD_MEM_SUPER ? 0 : type == H5FD_MEM_BTREE ? 1 : 2;
+  const bool shrinking = Shrinking::count > 0;
+  if (type == H5FD_MEM_SUPER) return shrinking ? 4 : 0;    // where the file ends
+  if (type == H5FD_MEM_BTREE) return shrinking ? 2 : 1;
+  if (type == H5FD_MEM_DRAW) return 3;
+  return shrinking ? 1 : 2;
 }
 
 inline herr_t write_all(OrderedFile &file, haddr_t address, size_t size, const void *buffer)
@@ -197,9 +213,9 @@ inline herr_t write_file(H5FD_t *handle, H5FD_mem_t type, hid_t, haddr_t address
                          const void *buffer)
 {
   OrderedFile &file = self(handle);
-  if (type == H5FD_MEM_DRAW) return write_all(file, address, size, buffer);
+  if (type == H5FD_MEM_DRAW && !Shrinking::count) return write_all(file, address, size, buffer);
   try {
-    if (file.existing.count(address)) {
+    if (type == H5FD_MEM_DRAW || file.existing.count(address)) {
       const auto *bytes = static_cast<const char *>(buffer);
       file.pending[{rank_of(type), address}].assign(bytes, bytes + size);
       return 0;

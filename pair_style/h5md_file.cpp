@@ -17,7 +17,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <set>
@@ -542,15 +541,15 @@ private:
   {
     if (exists && settings.mode != HLGAUSS_H5MD_OVERWRITE)
       throw Failure(path_ + " exists; add 'append' or 'overwrite' to the fix, or move it away");
-    std::string target = path_;
+    // it gets its name once it is complete, so that no moment leaves less than a file to append to
     Descriptor previous;
-    if (exists) {    // replace it only once its successor is complete
+    if (exists) {
       path_ = real_path(path_);
       previous = Descriptor(::open(path_.c_str(), O_RDWR | O_CLOEXEC));
       if (previous < 0) throw Failure("cannot overwrite " + path_ + ": " + system_reason(errno));
       lock_for_writing(previous, path_);
-      target = path_ + ".new" + std::to_string(getpid());
     }
+    const std::string target = path_ + ".new" + std::to_string(getpid());
     descriptor_ = Descriptor(::open(target.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
     if (descriptor_ < 0) throw Failure("cannot create " + target + ": " + system_reason(errno));
     try {
@@ -562,13 +561,24 @@ private:
               "the header");
       build(settings);
       flush();
-      if (exists && std::rename(target.c_str(), path_.c_str()) != 0)
-        throw Failure("cannot replace " + path_ + ": " + system_reason(errno));
+      publish(target, exists);
     } catch (...) {
       unlink(target.c_str());
       throw;
     }
     opened = {0, 0, INT64_MIN};
+  }
+
+  /// Give the finished file its name. A file that another run has just made is not replaced.
+  void publish(const std::string &target, bool replace)
+  {
+    if (!replace && link(target.c_str(), path_.c_str()) == 0) {
+      unlink(target.c_str());
+      return;
+    }
+    if (!replace && errno == EEXIST) throw Failure(path_ + " was made by another run just now");
+    if (std::rename(target.c_str(), path_.c_str()) != 0)    // also where there are no hard links
+      throw Failure("cannot create " + path_ + ": " + system_reason(errno));
   }
 
   void build(const hlgauss_h5md_settings &settings)
@@ -699,9 +709,6 @@ private:
       checked(H5Dread(step_.id(), H5T_NATIVE_INT64, H5S_ALL, H5S_ALL, H5P_DEFAULT, steps.data()),
               "reading the steps");
     steps.resize(num_frames_);
-    const auto disorder = std::adjacent_find(steps.begin(), steps.end(), std::greater_equal<>());
-    if (disorder != steps.end()) steps.erase(disorder + 1, steps.end());    // died while cutting
-    num_frames_ = steps.size();
     const auto beyond = std::upper_bound(steps.begin(), steps.end(), settings.start_step);
     const auto keep = static_cast<hsize_t>(beyond - steps.begin());
     if (keep < num_frames_ && !settings.from_restart && settings.start_step <= steps.front())
@@ -717,9 +724,12 @@ private:
     reserve(SETUP_BYTES + SETUP_COLUMN_BYTES * (settings.num_columns + 4) + text_bytes(settings),
             "the record of this run");
     guarded([&] {
-      for (auto *series : {&step_, &time_, &edges_, &origin_}) series->cut(keep);
-      for (auto &column : columns_) column.cut(keep);
-      flush();
+      {
+        const h5md_driver::Shrinking order;
+        for (auto *series : {&step_, &time_, &edges_, &origin_}) series->cut(keep);
+        for (auto &column : columns_) column.cut(keep);
+        flush();
+      }
       const Handle runs(H5Gopen2(file_, "/parameters/runs", H5P_DEFAULT), "runs");
       record_run(runs, settings, opened.num_frames, opened.num_cut);
       flush();

