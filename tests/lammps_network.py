@@ -179,9 +179,10 @@ def start(
     pair: str = "",
     elements: str = "Si O NULL",
     fields: bool = True,
+    options: str = "",
 ) -> str:
     """Commands from `clear` to an empty box with one model loaded and every result computed."""
-    pair = pair or f"pair_style mliap model {model}\npair_coeff * * {elements}"
+    pair = pair or f"pair_style mliap model {model} {options}\npair_coeff * * {elements}"
     return f"""
 clear
 units metal

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from lammps_cases import run_lammps
 from lammps_network import (
     COLUMNS,
     MODELS,
@@ -54,6 +55,11 @@ CASES = {
         "",
     ),
     "wider_ghost_shell": ("bulk", "comm_modify cutoff 13.0", "comm_modify cutoff 0.0"),
+    "multi": (
+        "bulk",
+        "neighbor 0.9 multi\ncomm_modify mode multi",
+        "comm_modify mode single\nneighbor 0.9 bin",
+    ),
     "plain_search": ("bulk", "neighbor 0.9 nsq", "neighbor 0.9 bin"),
     "skin_0.5": ("sheared", "neighbor 0.5 bin", ""),
     "skin_3.0": ("sheared", "neighbor 3.0 bin", "neighbor 0.9 bin"),
@@ -88,6 +94,10 @@ def strain(model, name, step):
     return change.format(step) + pe + change.format(-2 * step) + pe + change.format(step)
 
 
+EXCLUDED = [name for name in CASES if name.startswith("excluded")]
+EDGES = ["host", "device"]  # where edges are made of LAMMPS's list
+
+
 @pytest.fixture(scope="module")
 def static(network_folder):
     """Runs all cases of each model."""
@@ -95,6 +105,8 @@ def static(network_folder):
     for model in MODELS:
         script = start(model) + "neigh_modify every 1 delay 0 check yes\n"
         for name, (structure, before, after) in CASES.items():
+            if name in EXCLUDED:
+                continue
             script += load(structure, source="gaps.start" if name == "gaps" else None)
             if name == "edited":
                 script += "group some id 5 6 20\n"
@@ -107,12 +119,18 @@ def static(network_folder):
         script += "".join(strain(model, name, STEP) for name in STRAINS)
         script += "delete_atoms group all\nrun 0\n"
         script += f'print "$(atoms) $(pe:%.17g) $(c_p[1]:%.17g)" file {model}.empty\n'
+        for edges in EDGES:
+            script += start(model, options=f"edges {edges}")
+            for name in EXCLUDED:
+                structure, before, after = CASES[name]
+                script += f"{load(structure)}{before}\nrun 0\n{write(f'{model}.{edges}.{name}')}"
+                script += after + "\n"
         run(script, network_folder, RANKS)
     return network_folder
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("excluded")])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in EXCLUDED])
 def test_lammps_equals_python_with(static, name, model):
     frame = check(static, f"{model}.{name}", model)
     assert np.abs(frame["fx"]).max() > 0.1
@@ -126,22 +144,20 @@ def test_lammps_equals_python_with(static, name, model):
         assert len(frame["id"]) == 2 * (27 - 3 + 1)
 
 
+@pytest.mark.parametrize("edges", EDGES)
 @pytest.mark.parametrize("model", MODELS)
-def test_excluded_pairs_are_absent_in_both_directions(static, model):
-    (frame,) = read_frames(static / f"{model}.excluded_types.dump")
+def test_excluded_pairs_are_absent_in_both_directions(static, model, edges):
+    out = f"{model}.{edges}.excluded_types"
+    (frame,) = read_frames(static / f"{out}.dump")
     kind = frame["type"]
-    check(static, f"{model}.excluded_types", model, lambda i, j: kind[i] == kind[j])
+    check(static, out, model, lambda i, j: kind[i] == kind[j])
     with pytest.raises(AssertionError):
-        check(static, f"{model}.excluded_types", model)
+        check(static, out, model)
 
-    (frame,) = read_frames(static / f"{model}.excluded_groups.dump")
+    out = f"{model}.{edges}.excluded_groups"
+    (frame,) = read_frames(static / f"{out}.dump")
     low, high = frame["id"] <= 20, frame["id"] > 15
-    check(
-        static,
-        f"{model}.excluded_groups",
-        model,
-        lambda i, j: ~(low[i] & high[j] | high[i] & low[j]),
-    )
+    check(static, out, model, lambda i, j: ~(low[i] & high[j] | high[i] & low[j]))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -369,3 +385,45 @@ def test_special_bonds_that_drop_neighbours_are_refused(network_folder):
     assert list(messages) == list(cases)
     for message in messages.values():
         assert "weights of 0" in message and "special_bonds lj/coul 1 1 1" in message
+
+
+# two atoms are near enough to be bonded
+BOND_CREATE = """
+units metal
+atom_style bond
+special_bonds {special}
+read_data unbonded.data extra/bond/per/atom 4 extra/special/per/atom 8 extra/bond/types 1
+pair_style mliap model {model}
+pair_coeff * * Si O NULL
+bond_style zero
+bond_coeff *
+comm_modify cutoff 6
+fix 1 all bond/create 1 1 2 1.6 1
+fix 2 all nve
+timestep 0.000001
+thermo_style custom step pe bonds
+run 4
+write_dump all custom created.dump id type x y z fx fy fz modify format float %.17g
+print "$(bonds)" file created.bonds
+"""
+
+
+def test_bonds_created_in_a_run_change_nothing_when_their_neighbours_stay(network_folder):
+    unbonded = CHAIN.replace("4 bonds\n1 bond types\n", "").split("Bonds")[0]
+    (network_folder / "unbonded.data").write_text(unbonded)
+    script = BOND_CREATE.format(model=MODELS[0], special="lj/coul 1 1 1")
+    run(script, network_folder, 1)
+    assert np.loadtxt(network_folder / "created.bonds") > 0
+    (frame,) = read_frames(network_folder / "created.dump")
+    check_frame(network_folder / MODELS[0], frame)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="special_bonds is looked at before a run only, and there was no bond yet"
+)
+def test_bonds_created_in_a_run_that_drop_neighbours_are_refused(network_folder):
+    unbonded = CHAIN.replace("4 bonds\n1 bond types\n", "").split("Bonds")[0]
+    (network_folder / "unbonded.data").write_text(unbonded)
+    script = BOND_CREATE.format(model=MODELS[0], special="lj/coul 0 0 0")
+    result = run_lammps(script, network_folder)
+    assert "special_bonds lj/coul 1 1 1" in result.stdout and result.returncode != 0
