@@ -17,7 +17,7 @@ test: setup
 	$(VENV)/bin/python -m pytest
 
 test-all: setup
-	$(VENV)/bin/python -m pytest -m "slow or not slow"
+	LMP_HL_TEST_RUNTIMES="pt pt2" $(VENV)/bin/python -m pytest -m "slow or not slow"
 
 lint: setup
 	$(VENV)/bin/ruff check .

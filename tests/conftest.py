@@ -1,5 +1,6 @@
 """Shared fixtures: small potentials with random weights and fitted scales, structures, an hl.pt."""
 
+import copy
 import functools
 import os
 import shutil
@@ -10,7 +11,9 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.data import atomic_numbers, covalent_radii
+from lammps_cases import crystal
 
+from lmp_hl import keys
 from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
 from lmp_hl.nn.backbone import fit_scales
@@ -117,6 +120,37 @@ def make_potential(
     return potential.requires_grad_(False).eval()
 
 
+def calibrated(preset, dtype="float64"):
+    """A random potential whose uncertainty is fitted to features of a crystal, so that it varies.
+
+    Otherwise features far from those expected drive every histogram to its widest shape, and
+    fields that are all alike agree whatever the code does.
+    """
+    potential = copy.deepcopy(make_potential(preset, num_elements=2, dtype=dtype))
+    backbone, distance, force = (
+        potential.backbone,
+        potential.distance,
+        potential.force_distribution,
+    )
+    layers = 1 + len(backbone.message_layers)
+    atoms = crystal(15, triclinic=True, repeat=5)
+    symbols = np.array(ELEMENTS)[atoms.species]
+    structure = Atoms(symbols, atoms.positions, cell=atoms.cell, pbc=True)
+    inputs = graph_inputs(structure, ELEMENTS[:2], backbone.radial.cutoff, layers, dtype)
+    with torch.no_grad():
+        features = backbone(inputs)
+        x = invariants(features)
+        mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+        distance.mean.copy_(mean)
+        distance.whiten.copy_(torch.diag(1 / std))
+        distance.median.fill_(1.0)
+        distance.median.copy_(distance(features, inputs[keys.SPECIES]).median())
+        force.feature_mean.copy_(mean)
+        force.feature_std.copy_(std)
+        force.tensor_rms.copy_(features.tensors[4:9].pow(2).mean().sqrt())
+    return potential
+
+
 def make_card(head="hlgauss"):
     """What a training run would say about a model; the numbers are made up."""
     return {
@@ -159,7 +193,7 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def compiled_models(tmp_path_factory):
-    """Preset -> float64 hl.pt2 of make_potential(preset, num_elements=2), compiled for this CPU."""
+    """Preset -> float64 hl.pt2 of calibrated(preset), compiled for this CPU."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("compiling a model needs g++")
     from lmp_hl.compile import export_compiled
@@ -167,9 +201,8 @@ def compiled_models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
     models = {}
     for preset in ("local", "mp"):
-        potential = make_potential(preset, num_elements=2)
         path = folder / f"{preset}.pt2"
-        models[preset] = export_compiled(potential, ELEMENTS[:2], make_card(), path)
+        models[preset] = export_compiled(calibrated(preset), ELEMENTS[:2], make_card(), path)
     return models
 
 
@@ -182,12 +215,15 @@ def silicon():
 
 
 @pytest.fixture(scope="session")
-def network_folder(tmp_path_factory):
+def network_folder(tmp_path_factory, request):
     """Folder with the model files and structures of lammps_network.py."""
-    from lammps_network import STRUCTURES, write_models, write_start
+    from lammps_network import RUNTIMES, STRUCTURES, write_models, write_start
 
     path = tmp_path_factory.mktemp("network")
     write_models(path)
+    if "pt2" in RUNTIMES:
+        for name, compiled in request.getfixturevalue("compiled_models").items():
+            shutil.copy(compiled, path / f"{name}.pt2")
     for name, atoms in STRUCTURES.items():
         write_start(path / f"{name}.start", atoms)
     return path

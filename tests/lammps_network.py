@@ -5,23 +5,25 @@ one loaded model can go through many structures, and a result can be checked fro
 """
 
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from ase import Atoms as AseAtoms
-from conftest import ELEMENTS, make_card, make_potential, make_structure
+from conftest import ELEMENTS, calibrated, make_card, make_potential, make_structure
 from lammps_cases import MASSES, Atoms, cluster, crystal, run_lammps
-from test_agreement import BAR_PER_EV_A3, FIELDS, FLOAT64, calibrated
+from test_agreement import BAR_PER_EV_A3, FIELDS, FLOAT64
 
 from lmp_hl import keys
 from lmp_hl.calculator import HLCalculator
 from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
 
-# every law is tested for each of these model files; a further runtime is a further file here
-MODELS = ["local.pt", "mp.pt"]
+# every law is tested for each of these model files; `make test-all` adds the compiled ones
+RUNTIMES = os.environ.get("LMP_HL_TEST_RUNTIMES", "pt").split()
+MODELS = [f"{preset}.{runtime}" for runtime in RUNTIMES for preset in ("local", "mp")]
 SYMBOLS = ELEMENTS[:2]
 
 

@@ -1,8 +1,8 @@
 """The real network in LAMMPS equals Python's calculator: energy, forces, virial, every field."""
 
-import copy
 import functools
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 import torch
 from ase import Atoms as AseAtoms
 from ase.stress import voigt_6_to_full_3x3_stress
-from conftest import ELEMENTS, make_card, make_potential
+from conftest import ELEMENTS, calibrated, make_card
 from lammps_cases import Atoms, cluster, crystal, read_dump, run_lammps
 
 from lmp_hl import keys
@@ -19,7 +19,6 @@ from lmp_hl.calculator import HLCalculator
 from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
 from lmp_hl.h5md import open_trajectory
-from lmp_hl.nn.heads import invariants
 
 SYMBOLS = np.array(ELEMENTS[:2])
 FIELDS = list(keys.FIELD_UNITS)
@@ -52,51 +51,24 @@ def structure(atoms):
     return AseAtoms(SYMBOLS[atoms.species], atoms.positions, cell=atoms.cell, pbc=atoms.periodic)
 
 
-def calibrated(preset, dtype="float64"):
-    """A random potential whose uncertainty is fitted to features of the systems, so that it varies.
-
-    Otherwise features far from those expected drive every histogram to its widest shape, and
-    fields that are all alike agree whatever the code does.
-    """
-    potential = copy.deepcopy(make_potential(preset, num_elements=2, dtype=dtype))
-    backbone, distance, force = (
-        potential.backbone,
-        potential.distance,
-        potential.force_distribution,
-    )
-    layers = 1 + len(backbone.message_layers)
-    inputs = graph_inputs(
-        structure(SYSTEMS["large"]), list(SYMBOLS), backbone.radial.cutoff, layers, dtype
-    )
-    with torch.no_grad():
-        features = backbone(inputs)
-        x = invariants(features)
-        mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
-        distance.mean.copy_(mean)
-        distance.whiten.copy_(torch.diag(1 / std))
-        distance.median.fill_(1.0)
-        distance.median.copy_(distance(features, inputs[keys.SPECIES]).median())
-        force.feature_mean.copy_(mean)
-        force.feature_std.copy_(std)
-        force.tensor_rms.copy_(features.tensors[4:9].pow(2).mean().sqrt())
-    return potential
-
-
 MODELS = {
     "local": calibrated("local"),
     "mp": calibrated("mp"),
     "float32": calibrated("mp", "float32"),
 }
 EVERYWHERE = ("periodic", "triclinic", "small_cell")  # the other kinds of box: once each
-# ways to run a model that must not change its results
+# ways to run a model that must not change its results: kind of file, options
 WAYS = {
-    "default": "",
-    "extended": "comm extended",
-    "device": "edges device",
-    "device_extended": "edges device comm extended",
-    "portions": "memory 0.05",
-    "cuda": "device cuda",
-    "cuda_host": "device cuda edges host memory 1",
+    "default": "pt",
+    "extended": "pt comm extended",
+    "device": "pt edges device",
+    "device_extended": "pt edges device comm extended",
+    "portions": "pt memory 0.05",
+    "compiled": "pt2",
+    "compiled_extended": "pt2 comm extended",
+    "compiled_portions": "pt2 memory 0.05 edges device",
+    "cuda": "pt device cuda",
+    "cuda_host": "pt device cuda edges host memory 1",
 }
 CASES = [("local", name, "default") for name in (*EVERYWHERE, "cluster", "isolated")]
 CASES += [
@@ -108,9 +80,14 @@ CASES += [("mp", "large", way) for way in ("extended", "device", "device_extende
 CASES += [("mp", name, "extended") for name in ("small_cell", "shrink_wrapped")]
 CASES += [("local", name, "device") for name in ("triclinic", "cluster")]
 CASES += [("local", "large", "portions"), ("mp", "isolated_periodic", "device")]
+CASES += [("local", name, "compiled") for name in ("triclinic", "cluster", "isolated")]
+CASES += [
+    ("mp", n, "compiled") for n in ("large", "small_cell", "shrink_wrapped", "isolated_periodic")
+]
+CASES += [("mp", "large", way) for way in ("compiled_extended", "compiled_portions")]
 RANKS = (1, 2, 3, 4)
 MORE_RANKS = [("local", "triclinic", "default"), ("mp", "shrink_wrapped", "default")]
-MORE_RANKS += [("mp", "large", way) for way in ("default", "extended", "device")]
+MORE_RANKS += [("mp", "large", way) for way in ("default", "extended", "compiled")]
 
 # on a GPU: everything
 GPU_CASES = [(model, name, "cuda") for model, name, way in CASES if way == "default"]
@@ -129,7 +106,7 @@ units metal
 boundary {boundary}
 box tilt large
 read_data {name}.data
-pair_style mliap model {model}.pt {options}
+pair_style mliap model {model}.{options}
 pair_coeff * * {elements} NULL
 compute e all pe/atom
 compute u all hlgauss/atom {fields}
@@ -163,9 +140,11 @@ def case(model, name, way, ranks):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, compiled_models):
     """Models and structures."""
     path = tmp_path_factory.mktemp("agreement")
+    for name, compiled in compiled_models.items():
+        shutil.copy(compiled, path / f"{name}.pt2")
     for name, potential in MODELS.items():
         export_potential(potential, SYMBOLS, make_card(), path / f"{name}.pt")
     for name, atoms in SYSTEMS.items():

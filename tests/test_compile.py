@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import CUTOFF, ELEMENTS, make_card, make_potential, make_structure
+from conftest import CUTOFF, ELEMENTS, calibrated, make_card, make_potential, make_structure
 
 from lmp_hl import HLCalculator, keys, model_file, runtime, stages
 from lmp_hl import compile as compile_module
@@ -29,7 +29,7 @@ def scripted_models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scripted")
     return {
         preset: export_potential(
-            make_potential(preset, num_elements=2),
+            calibrated(preset),
             ELEMENTS[:2],
             make_card(),
             folder / f"{preset}.pt",
@@ -81,7 +81,7 @@ def test_compiled_gives_what_torchscript_gives(compiled_models, scripted_models,
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_layers_may_shrink_to_the_owned_atoms(compiled_models, preset):
-    potential = make_potential(preset, num_elements=2)
+    potential = calibrated(preset)
     model = model_file.load(compiled_models[preset])
     structure = make_structure(ELEMENTS[:2], 20)
     inputs = graph_inputs(structure, ELEMENTS[:2], CUTOFF, model.num_layers, "float64")
