@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,10 @@ def export_compiled(
         raise ValueError(
             "device cuda was asked for, but torch finds no GPU here; export on a GPU node with a "
             "CUDA build of torch"
+        )
+    if cpu_isa != "native" and platform.machine() not in ("x86_64", "AMD64"):
+        raise ValueError(
+            f"{cpu_isa} is a kind of x86 CPU, this is {platform.machine()}; leave --cpu-isa away"
         )
     build = Build.here(device, cpu_isa)
     card = {**card, "runtime": build.describe()}

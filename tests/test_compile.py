@@ -243,6 +243,14 @@ def test_missing_gpu_is_named(tmp_path):
         export_compiled(make_potential(), ["Si"], make_card(), tmp_path / "hl.pt2", "cuda")
 
 
+def test_level_of_x86_is_refused_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(ValueError, match="this is aarch64; leave --cpu-isa away"):
+        export_compiled(
+            make_potential(), ["Si"], make_card(), tmp_path / "hl.pt2", cpu_isa="x86-64-v3"
+        )
+
+
 @pytest.mark.parametrize(
     "error",
     [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("ld: No space left on device")],
