@@ -85,34 +85,8 @@ def measure(lines: str, cells: int, ranks: int, frames: int) -> tuple[float, flo
         return float(loop[1]) / frames, size / 1e6, versions
 
 
-def main() -> None:
-    """Measure in turn, print and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", type=int, nargs="+", default=[29, 63], help="4 cells³ atoms")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--frames", type=int, nargs="+", default=[6, 2], help="one per --cells")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    if len(args.frames) != len(args.cells):
-        parser.error("--frames wants one number per --cells")
-
-    versions: dict[str, str] = {"python": platform.python_version()}
-    tables, load = [], [os.getloadavg()[0]]
-    for cells, frames in zip(args.cells, args.frames, strict=True):
-        for ranks in args.ranks:
-            rows: dict[str, dict[str, list[float] | float]] = {
-                name: {"ms": [], "MB": 0.0} for name in VARIANTS
-            }
-            for _ in range(args.repeats):
-                for name, (lines, _other) in VARIANTS.items():
-                    seconds, size, found = measure(lines, cells, ranks, frames)
-                    rows[name]["ms"].append(1e3 * seconds)
-                    rows[name]["MB"] = size
-                    versions.update(found)
-            load.append(os.getloadavg()[0])
-            tables.append({"atoms": 4 * cells**3, "ranks": ranks, "frames": frames, "rows": rows})
-
+def write_report(args: argparse.Namespace, versions: dict, load: list, tables: list) -> str:
+    """Write what has been measured so far; return it as text."""
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     text = [
         "# Time and size of a trajectory frame",
@@ -142,11 +116,43 @@ def main() -> None:
             text.append(
                 f"| {name} | {middle:.0f} ({low:.0f}-{high:.0f}) | {row['MB']:.1f} | {ratio} |"
             )
-    print("\n".join(text))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "trajectory.md").write_text("\n".join(text) + "\n")
     record = {"machine": machine, "load": load, "versions": versions, "tables": tables}
     (args.out / "trajectory.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    return "\n".join(text)
+
+
+def main() -> None:
+    """Measure in turn, print and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cells", type=int, nargs="+", default=[29, 63], help="4 cells³ atoms")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--frames", type=int, nargs="+", default=[6, 2], help="one per --cells")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    if len(args.frames) != len(args.cells):
+        parser.error("--frames wants one number per --cells")
+
+    versions: dict[str, str] = {"python": platform.python_version()}
+    tables, load = [], [os.getloadavg()[0]]
+    for cells, frames in zip(args.cells, args.frames, strict=True):
+        for ranks in args.ranks:
+            rows: dict[str, dict[str, list[float] | float]] = {
+                name: {"ms": [], "MB": 0.0} for name in VARIANTS
+            }
+            for _ in range(args.repeats):
+                for name, (lines, _other) in VARIANTS.items():
+                    seconds, size, found = measure(lines, cells, ranks, frames)
+                    rows[name]["ms"].append(1e3 * seconds)
+                    rows[name]["MB"] = size
+                    versions.update(found)
+            load.append(os.getloadavg()[0])
+            tables.append({"atoms": 4 * cells**3, "ranks": ranks, "frames": frames, "rows": rows})
+            text = write_report(args, versions, load, tables)  # a long run may be interrupted
+    print(text)
 
 
 if __name__ == "__main__":
