@@ -21,6 +21,7 @@
 #include <climits>
 #include <cmath>
 #include <cstring>
+#include <new>
 
 using namespace LAMMPS_NS;
 
@@ -167,9 +168,14 @@ std::string PairHLGauss::read_model_file()
                             "LAMMPS_POTENTIALS",
                             model_path, strerror(ENOENT), platform::current_directory());
     } else {
-      std::vector<char> buffer(1 << 20);
-      size_t n;
-      while ((n = fread(buffer.data(), 1, buffer.size(), file)) > 0) bytes.append(buffer.data(), n);
+      try {
+        std::vector<char> buffer(1 << 20);
+        size_t n;
+        while ((n = fread(buffer.data(), 1, buffer.size(), file)) > 0)
+          bytes.append(buffer.data(), n);
+      } catch (const std::bad_alloc &) {
+        problem = fmt::format("not enough memory to read model file {}", model_path);
+      }
       if (ferror(file)) problem = fmt::format("cannot read model file {}", model_path);
       fclose(file);
     }
@@ -562,6 +568,18 @@ bool PairHLGauss::fields_wanted() const
 void PairHLGauss::compute(int eflag, int vflag)
 {
   ev_init(eflag, vflag);
+  try {
+    evaluate();
+  } catch (const std::bad_alloc &) {    // not even LAMMPS's library interface catches it
+    error->one(FLERR,
+               "pair_style mliap/hlgauss: not enough memory for {} atoms and their neighbors on "
+               "rank {}; use more ranks or nodes",
+               list->inum, comm->me);
+  }
+}
+
+void PairHLGauss::evaluate()
+{
   const double start = platform::walltime();
   build_graph();
   const double built = platform::walltime();

@@ -58,6 +58,7 @@ private:
   void log_summary();
   int element_of(int i) const;
 
+  void evaluate();
   void build_graph();
   int add_node(int);
   void add_edges(int, double);

@@ -429,10 +429,7 @@ print("works on")
         pytest.param("70", id="model"),
     ],
 )
-def test_memory_that_runs_out_is_an_exception(folder, where, request):
-    if where != "70":
-        reason = "std::bad_alloc leaves the pair style and ends the process"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_memory_that_runs_out_is_an_exception(folder, where):
     (folder / "memory_out.py").write_text(OUT_OF_MEMORY)
     done = python(folder, 1, "memory_out.py", where)
     assert done.returncode == 0, done.stdout + done.stderr
