@@ -93,8 +93,7 @@ Tensor view(const std::vector<int64_t> &values)
                           torch::kInt64);
 }
 
-constexpr double CPU_BUDGET = 32.0 * 1024.0 * 1024.0;    // bytes; larger portions leave the caches
-constexpr double MEASURED_EDGES = 2000.0;                // enough to find bytes per edge and atom
+constexpr double MEASURED_EDGES = 2000.0;    // enough to find bytes per edge and atom
 
 bool out_of_memory(const std::string &text)
 {
@@ -188,7 +187,7 @@ public:
     about.field_units = list_attribute<std::string>(module, "field_units");
     about.num_features = (int) module.attr("stages").toModule().attr("num_features").toInt();
     dtype = about.dtype == "float64" ? torch::kFloat64 : torch::kFloat32;
-    if (budget == 0.0) budget = device.is_cpu() ? CPU_BUDGET : HUGE_VAL;
+    if (budget == 0.0) budget = device.is_cpu() ? MIB * runtime->portion() : HUGE_VAL;
     describe(request.local_rank, request.local_ranks);
   }
 

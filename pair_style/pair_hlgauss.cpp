@@ -430,7 +430,8 @@ void PairHLGauss::log_summary()
 
 int PairHLGauss::element_of(int i) const
 {
-  return type_to_element[atom->type[i]];
+  // fix gcmc takes an atom out of group all to see the energy of the others
+  return atom->mask[i] & 1 ? type_to_element[atom->type[i]] : -1;
 }
 
 int PairHLGauss::add_node(int i)
@@ -496,8 +497,16 @@ void PairHLGauss::build_graph()
   }
 
   graph.positions.resize(3 * atom_of_node.size());
-  for (size_t node = 0; node < atom_of_node.size(); node++)
-    std::copy_n(atom->x[atom_of_node[node]], 3, &graph.positions[3 * node]);
+  for (size_t node = 0; node < atom_of_node.size(); node++) {
+    const double *const x = atom->x[atom_of_node[node]];
+    // no distance to such an atom is below the cutoff: it would pass for one that is alone
+    if (!std::isfinite(x[0] + x[1] + x[2]))
+      error->one(FLERR,
+                 "pair_style mliap/hlgauss: the position of {} is not a finite number on step {}, "
+                 "rank {}; check the time step and the starting structure",
+                 name_of(atom_of_node[node]), update->ntimestep, comm->me);
+    std::copy_n(x, 3, &graph.positions[3 * node]);
+  }
 }
 
 /* ----------------------------------------------------------------------
@@ -547,15 +556,38 @@ void PairHLGauss::check_finite(size_t num_owned)
   std::string atoms;
   bad.erase(std::unique(bad.begin(), bad.end()), bad.end());
   for (size_t k = 0; k < std::min<size_t>(bad.size(), 5); k++)
-    atoms += fmt::format("{} {}", k ? "," : "", atom->tag_enable ? atom->tag[bad[k]] : bad[k] + 1);
-  error->one(FLERR,
-             "pair_style mliap/hlgauss: the {} of {} is not a finite number on step {}, rank {}; "
-             "atoms may have come too close: check the time step and the starting structure",
-             what,
-             bad.empty() ? fmt::format("{} atoms", num_owned)
-                         : fmt::format("atom(s){}{} ({} in all)", atoms,
-                                       bad.size() > 5 ? ", ..." : "", bad.size()),
-             update->ntimestep, comm->me);
+    atoms += (k ? ", " : "") + name_of(bad[k]);
+  error->one(
+      FLERR,
+      "pair_style mliap/hlgauss: the {} of {} is not a finite number on step {}, rank {}; {}: "
+      "check the time step and the starting structure",
+      what,
+      bad.empty()
+          ? fmt::format("{} atoms", num_owned)
+          : fmt::format("{}{} ({} in all)", atoms, bad.size() > 5 ? ", ..." : "", bad.size()),
+      update->ntimestep, comm->me, closest_pair());
+}
+
+std::string PairHLGauss::name_of(int i) const
+{
+  return atom->tag_enable ? fmt::format("atom {}", atom->tag[i]) : "an atom without ID";
+}
+
+/// Where most such troubles begin.
+std::string PairHLGauss::closest_pair() const
+{
+  double closest = HUGE_VAL;
+  size_t at = 0;
+  for (size_t e = 0; e < graph.centers.size(); e++) {
+    const double *const a = &graph.positions[3 * graph.centers[e]];
+    const double *const b = &graph.positions[3 * graph.neighbors[e]];
+    const double d = std::hypot(a[0] - b[0], a[1] - b[1], a[2] - b[2]);
+    if (d < closest) closest = d, at = e;
+  }
+  if (closest == HUGE_VAL) return "no two atoms are near each other here";
+  return fmt::format("closest are {} and {}, {:.3g} Angstrom apart",
+                     name_of(atom_of_node[graph.centers[at]]),
+                     name_of(atom_of_node[graph.neighbors[at]]), closest);
 }
 
 /// On steps where fix pair has set a trigger, or compute hlgauss/atom may be read.
@@ -568,6 +600,7 @@ bool PairHLGauss::fields_wanted() const
 void PairHLGauss::compute(int eflag, int vflag)
 {
   ev_init(eflag, vflag);
+  if (neighbor->ago == 0) check_special_bonds();    // bonds may be made during a run
   try {
     evaluate();
   } catch (const std::bad_alloc &) {    // not even LAMMPS's library interface catches it

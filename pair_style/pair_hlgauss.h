@@ -63,6 +63,8 @@ private:
   int add_node(int);
   void add_edges(int, double);
   void check_finite(size_t);
+  std::string name_of(int) const;
+  std::string closest_pair() const;
   void tally();
   bool fields_wanted() const;
 

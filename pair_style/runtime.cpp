@@ -45,6 +45,7 @@ public:
   }
 
   std::string name() const override { return "TorchScript"; }
+  double portion() const override { return 32.0; }    // fewer atoms, and calls cost more than work
 
 private:
   static c10::List<at::Tensor> list(const Tensors &tensors)
@@ -116,6 +117,7 @@ public:
   }
 
   std::string name() const override { return "AOTInductor"; }
+  double portion() const override { return 8.0; }
 
 private:
   std::map<std::string, std::unique_ptr<Loader>> loaders;

@@ -20,6 +20,8 @@ public:
   virtual Tensors layer_vjp(int t, const Tensors &inputs, const at::Tensor &gradients) = 0;
   virtual Tensors final(const Tensors &inputs, bool with_fields) = 0;
   virtual std::string name() const = 0;
+  /// MiB of tensors at once with which it is fastest on a CPU.
+  virtual double portion() const = 0;
 };
 
 /// Version of the libtorch that is loaded, from the version.py beside its folder, or "".

@@ -418,9 +418,6 @@ def test_bonds_created_in_a_run_change_nothing_when_their_neighbours_stay(networ
     check_frame(network_folder / MODELS[0], frame)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="special_bonds is looked at before a run only, and there was no bond yet"
-)
 def test_bonds_created_in_a_run_that_drop_neighbours_are_refused(network_folder):
     unbonded = CHAIN.replace("4 bonds\n1 bond types\n", "").split("Bonds")[0]
     (network_folder / "unbonded.data").write_text(unbonded)
