@@ -64,10 +64,10 @@ void broadcast(std::string &bytes, MPI_Comm world)
 /* ---------------------------------------------------------------------- */
 
 PairHLGauss::PairHLGauss(LAMMPS *lmp) :
-    Pair(lmp), memory_limit(0.0), exchange_features(true), edges_on_device(false), model_size(0),
-    log_pending(false), energy_unit(1.0), fields_step(-1), num_evaluations(0), num_with_fields(0),
-    num_edges_seen(0), num_centers_seen(0), time_graph(0.0), time_model(0.0), time_tally(0.0),
-    peak_bytes(0.0)
+    Pair(lmp), nodes(lmp), memory_limit(0.0), exchange_features(true), edges_on_device(false),
+    model_size(0), log_pending(false), energy_unit(1.0), fields_step(-1), num_evaluations(0),
+    num_with_fields(0), num_edges_seen(0), num_centers_seen(0), time_graph(0.0), time_model(0.0),
+    time_tally(0.0), peak_bytes(0.0)
 {
   single_enable = 0;
   restartinfo = 0;
@@ -425,99 +425,14 @@ void PairHLGauss::log_summary()
 }
 
 /* ----------------------------------------------------------------------
-   the graph of the atoms whose energy is wanted and of the atoms they need
-------------------------------------------------------------------------- */
-
-int PairHLGauss::element_of(int i) const
-{
-  // fix gcmc takes an atom out of group all to see the energy of the others
-  return atom->mask[i] & 1 ? type_to_element[atom->type[i]] : -1;
-}
-
-int PairHLGauss::add_node(int i)
-{
-  if (node_of_atom[i] < 0) {
-    node_of_atom[i] = (int) atom_of_node.size();
-    atom_of_node.push_back(i);
-    graph.species.push_back(element_of(i));
-  }
-  return node_of_atom[i];
-}
-
-void PairHLGauss::add_edges(int node, double cutoff)
-{
-  const double *const *const x = atom->x;
-  const double cutoffsq = cutoff * cutoff;
-  const int i = atom_of_node[node];
-  const int *const neighbors = list->firstneigh[i];
-  const int num_neighbors = list->numneigh[i];
-  for (int jj = 0; jj < num_neighbors; jj++) {
-    const int j = neighbors[jj] & NEIGHMASK;
-    if (element_of(j) < 0) continue;
-    const double dx = x[j][0] - x[i][0];
-    const double dy = x[j][1] - x[i][1];
-    const double dz = x[j][2] - x[i][2];
-    if (dx * dx + dy * dy + dz * dz >= cutoffsq) continue;    // the list also holds the skin
-    graph.centers.push_back(node);
-    graph.neighbors.push_back(add_node(j));
-  }
-}
-
-void PairHLGauss::build_graph()
-{
-  const int num_layers = model->info().num_layers;
-  // on the device edges change with LAMMPS's list, and where a swap changed what an atom is
-  graph.candidates = edges_on_device;
-  graph.same_edges = edges_on_device && neighbor->ago > 0;
-  for (size_t node = 0; graph.same_edges && node < atom_of_node.size(); node++)
-    graph.same_edges = graph.species[node] == element_of(atom_of_node[node]);
-
-  if (!graph.same_edges) {
-    graph.species.clear();
-    graph.centers.clear();
-    graph.neighbors.clear();
-    graph.layer_nodes.assign(num_layers, 0);
-    graph.layer_edges.assign(num_layers, 0);
-    atom_of_node.clear();
-    node_of_atom.assign(atom->nlocal + atom->nghost, -1);
-    for (int ii = 0; ii < list->inum; ii++)
-      if (element_of(list->ilist[ii]) >= 0) add_node(list->ilist[ii]);
-
-    // with extended ghosts layer t computes the atoms at most num_layers - 1 - t hops away from an
-    // owned one; where features are exchanged every layer computes the owned ones
-    const double cutoff = edges_on_device ? HUGE_VAL : model->info().cutoff;
-    const size_t num_owned = atom_of_node.size();
-    size_t centers_done = 0;
-    for (int hop = 0; hop < num_layers; hop++) {
-      const size_t num_centers = exchange_features ? num_owned : atom_of_node.size();
-      for (; centers_done < num_centers; centers_done++) add_edges((int) centers_done, cutoff);
-      graph.layer_nodes[num_layers - 1 - hop] = (int64_t) num_centers;
-      graph.layer_edges[num_layers - 1 - hop] = (int64_t) graph.centers.size();
-    }
-  }
-
-  graph.positions.resize(3 * atom_of_node.size());
-  for (size_t node = 0; node < atom_of_node.size(); node++) {
-    const double *const x = atom->x[atom_of_node[node]];
-    // no distance to such an atom is below the cutoff: it would pass for one that is alone
-    if (!std::isfinite(x[0] + x[1] + x[2]))
-      error->one(FLERR,
-                 "pair_style mliap/hlgauss: the position of {} is not a finite number on step {}, "
-                 "rank {}; check the time step and the starting structure",
-                 name_of(atom_of_node[node]), update->ntimestep, comm->me);
-    std::copy_n(x, 3, &graph.positions[3 * node]);
-  }
-}
-
-/* ----------------------------------------------------------------------
    add energies, forces and virials of the nodes to those of LAMMPS
 ------------------------------------------------------------------------- */
 
 void PairHLGauss::tally()
 {
-  const size_t num_nodes = atom_of_node.size();
+  const size_t num_nodes = nodes.atoms.size();
   for (size_t node = 0; node < num_nodes; node++) {
-    const int i = atom_of_node[node];
+    const int i = nodes.atoms[node];
     for (int a = 0; a < 3; a++) atom->f[i][a] += energy_unit * result.forces[3 * node + a];
     if (vflag_atom)
       for (int a = 0; a < 6; a++) vatom[i][a] += energy_unit * result.atom_virials[6 * node + a];
@@ -526,7 +441,7 @@ void PairHLGauss::tally()
         cvatom[i][a] += energy_unit * result.centroid_virials[9 * node + a];
   }
   for (size_t node = 0; node < result.energy.size(); node++) {
-    if (eflag_atom) eatom[atom_of_node[node]] += energy_unit * result.energy[node];
+    if (eflag_atom) eatom[nodes.atoms[node]] += energy_unit * result.energy[node];
     if (eflag_global) eng_vdwl += energy_unit * result.energy[node];
   }
   if (vflag_global)
@@ -543,7 +458,7 @@ void PairHLGauss::check_finite(size_t num_owned)
     for (size_t k = 0; k < values.size(); k++)
       if (!std::isfinite(values[k])) {
         if (what.empty()) what = name;
-        bad.push_back(atom_of_node[k / width]);
+        bad.push_back(nodes.atoms[k / width]);
       }
   };
   look("energy", result.energy, 1);
@@ -556,7 +471,7 @@ void PairHLGauss::check_finite(size_t num_owned)
   std::string atoms;
   bad.erase(std::unique(bad.begin(), bad.end()), bad.end());
   for (size_t k = 0; k < std::min<size_t>(bad.size(), 5); k++)
-    atoms += (k ? ", " : "") + name_of(bad[k]);
+    atoms += (k ? ", " : "") + nodes.name_of(bad[k]);
   error->one(
       FLERR,
       "pair_style mliap/hlgauss: the {} of {} is not a finite number on step {}, rank {}; {}: "
@@ -565,29 +480,7 @@ void PairHLGauss::check_finite(size_t num_owned)
       bad.empty()
           ? fmt::format("{} atoms", num_owned)
           : fmt::format("{}{} ({} in all)", atoms, bad.size() > 5 ? ", ..." : "", bad.size()),
-      update->ntimestep, comm->me, closest_pair());
-}
-
-std::string PairHLGauss::name_of(int i) const
-{
-  return atom->tag_enable ? fmt::format("atom {}", atom->tag[i]) : "an atom without ID";
-}
-
-/// Where most such troubles begin.
-std::string PairHLGauss::closest_pair() const
-{
-  double closest = HUGE_VAL;
-  size_t at = 0;
-  for (size_t e = 0; e < graph.centers.size(); e++) {
-    const double *const a = &graph.positions[3 * graph.centers[e]];
-    const double *const b = &graph.positions[3 * graph.neighbors[e]];
-    const double d = std::hypot(a[0] - b[0], a[1] - b[1], a[2] - b[2]);
-    if (d < closest) closest = d, at = e;
-  }
-  if (closest == HUGE_VAL) return "no two atoms are near each other here";
-  return fmt::format("closest are {} and {}, {:.3g} Angstrom apart",
-                     name_of(atom_of_node[graph.centers[at]]),
-                     name_of(atom_of_node[graph.neighbors[at]]), closest);
+      update->ntimestep, comm->me, nodes.closest_pair());
 }
 
 /// On steps where fix pair has set a trigger, or compute hlgauss/atom may be read.
@@ -614,24 +507,24 @@ void PairHLGauss::compute(int eflag, int vflag)
 void PairHLGauss::evaluate()
 {
   const double start = platform::walltime();
-  build_graph();
+  nodes.build(list, type_to_element, model->info(), exchange_features, edges_on_device);
   const double built = platform::walltime();
 
   const bool with_fields = fields_wanted();
-  const auto num_owned = (size_t) graph.num_owned();
+  const auto num_owned = (size_t) nodes.graph.num_owned();
   const HLGauss::Request request = {with_fields, vflag_global != 0, vflag_atom != 0,
                                     cvflag_atom != 0};
   HLGauss::Exchange *through = nullptr;
   if (comm_forward > 0) {
-    exchange.prepare(comm, this, atom_of_node, num_owned, atom->nlocal + atom->nghost);
+    exchange.prepare(comm, this, nodes.atoms, num_owned, atom->nlocal + atom->nghost);
     through = &exchange;
   }
   std::string problem;
-  if (!model->evaluate(graph, request, through, result, problem))
+  if (!model->evaluate(nodes.graph, request, through, result, problem))
     error->one(FLERR,
                "pair_style mliap/hlgauss: evaluating {} failed on rank {} with {} atoms and {} "
                "edges: {}",
-               model_path, comm->me, num_owned, graph.centers.size(), problem);
+               model_path, comm->me, num_owned, nodes.graph.centers.size(), problem);
   if (!result.notice.empty()) error->warning(FLERR, "hlgauss: {}", result.notice);
   check_finite(num_owned);
   const double evaluated = platform::walltime();
@@ -644,7 +537,7 @@ void PairHLGauss::evaluate()
       const double unit = energy_like ? energy_unit : 1.0;
       field_values[k].assign(size, 0.0);
       for (size_t node = 0; node < num_owned; node++)
-        field_values[k][atom_of_node[node]] = unit * result.fields[k][node];
+        field_values[k][nodes.atoms[node]] = unit * result.fields[k][node];
     }
     fields_step = update->ntimestep;
     num_with_fields++;
@@ -736,10 +629,7 @@ void *PairHLGauss::extract_peratom(const char *name, int &num_columns)
 double PairHLGauss::memory_usage()
 {
   double bytes = Pair::memory_usage();
-  bytes += (double) sizeof(int64_t) *
-           (graph.species.capacity() + graph.centers.capacity() + graph.neighbors.capacity());
-  bytes += (double) sizeof(double) * (graph.positions.capacity() + result.forces.capacity());
-  bytes += (double) sizeof(int) * (node_of_atom.capacity() + atom_of_node.capacity());
+  bytes += nodes.memory_usage() + (double) sizeof(double) * result.forces.capacity();
   bytes += peak_bytes;
   for (const auto &values : field_values) bytes += (double) sizeof(double) * values.capacity();
   return bytes;

@@ -4,6 +4,7 @@
 #ifndef LMP_PAIR_HLGAUSS_H
 #define LMP_PAIR_HLGAUSS_H
 
+#include "atom_graph.h"
 #include "feature_exchange.h"
 #include "model.h"
 
@@ -56,15 +57,8 @@ private:
   void check_heat_flux();
   void extend_ghosts();
   void log_summary();
-  int element_of(int i) const;
-
   void evaluate();
-  void build_graph();
-  int add_node(int);
-  void add_edges(int, double);
   void check_finite(size_t);
-  std::string name_of(int) const;
-  std::string closest_pair() const;
   void tally();
   bool fields_wanted() const;
 
@@ -79,10 +73,8 @@ private:
   bool log_pending;                    // the summary waits for the masses
   double energy_unit;                  // LAMMPS energy unit per eV
 
-  HLGauss::Graph graph;
+  AtomGraph nodes;
   HLGauss::Evaluation result;
-  std::vector<int> node_of_atom;    // -1: not in the graph
-  std::vector<int> atom_of_node;
   FeatureExchange exchange;
 
   std::vector<int> field_flags;                     // triggers of fix pair, one per field
