@@ -50,3 +50,15 @@ def test_ghosts_are_those_counted_one_by_one(benchmark, grid, reach):
             assert rank.remote == rank.ghosts
         if max(grid) == 1:
             assert rank.remote == 0
+
+
+def test_atoms_near_a_cube_are_those_counted_one_by_one(benchmark):
+    scaling = benchmark("scaling")
+    number = np.arange(-5, 9)
+    corners = np.stack(np.meshgrid(number, number, number, indexing="ij"), -1).reshape(-1, 1, 3)
+    basis = np.array(scaling.DIAMOND) / 4 + scaling.ORIGIN
+    atoms = (scaling.LATTICE * (corners + basis)).reshape(-1, 3)
+    size = 3 * scaling.LATTICE
+    nearest = np.clip(atoms, 0, size)
+    expected = (np.linalg.norm(atoms - nearest, axis=1) < 5.0).sum()
+    assert scaling.sites_near(size, 5.0) == expected > 8 * 27
