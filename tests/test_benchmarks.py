@@ -29,6 +29,18 @@ def test_drift_is_found_within_its_error_in_correlated_noise(benchmark):
     assert 0.01 < np.mean(np.abs(off) > 2.1) < 0.12
 
 
+def test_drift_of_a_random_walk_is_found_within_its_error(benchmark):
+    walk = benchmark("drift").walk
+    time = np.arange(0, 20, 0.02)  # ps
+    off = []
+    for seed in range(200):
+        steps = np.random.default_rng(seed).normal(size=len(time))
+        value, error = walk(time, 0.03 * time + 0.1 * np.cumsum(steps), 1.0)
+        off.append((value - 0.03) / error)
+    # as above, 18 degrees of freedom
+    assert 0.01 < np.mean(np.abs(off) > 2.1) < 0.12
+
+
 @pytest.mark.parametrize("grid", [(1, 1, 1), (1, 2, 3), (2, 2, 2)])
 @pytest.mark.parametrize("reach", [3.0, 7.0])
 def test_ghosts_are_those_counted_one_by_one(benchmark, grid, reach):
