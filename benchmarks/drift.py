@@ -242,8 +242,8 @@ def main() -> None:
         f"({args.runtime}) in two precisions; langevin: with the bath's energy.\n\n"
         f"{table(runs)}\nFluctuation: about a line, in the first {args.ps / 4:g} ps of each run. "
         f"Drift ± standard error; NVE: of a line through averages over {LINE_BLOCK:g} ps; "
-        f"langevin: from end to end of a random walk, error from its {WALK_BLOCK:g} ps increments.\n\n"
-        f"{one_line(made)}\n"
+        f"langevin: from end to end of a random walk, error from increments of {WALK_BLOCK:g} "
+        f"ps.\n\n{one_line(made)}\n"
     )
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "drift.md").write_text(text)
