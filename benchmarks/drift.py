@@ -35,6 +35,7 @@ TEMPERATURE = 600  # K
 SAMPLE = 0.02  # ps between energies
 LINE_BLOCK = 1.0  # ps; energies within it are averaged, so that errors of blocks are independent
 WALK_BLOCK = 2.0  # ps
+ROW = 0.18  # meV/atom between the lines of the figure
 
 START = """
 units metal
@@ -163,29 +164,33 @@ def table(runs: dict[str, dict]) -> str:
 
 def figure(runs: dict[str, dict], path: Path) -> None:
     """Energies over time, and the fluctuation against the time step with a line of dt²."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=[1.7, 1])
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=[1.7, 1])
     colors = {"float32": "#d1495b", "float64": "#00798c"}
-    for shift, (kind, title) in enumerate((("langevin", "langevin + bath"), ("nve", "NVE"))):
-        for dtype, color in colors.items():
-            run = runs[f"{kind}-{dtype}-1fs"]
-            energy = np.array(run["energy_meV_per_atom"])
-            level = energy - energy.mean() + 1.0 * shift
-            left.plot(run["time_ps"], level, color=color, lw=0.7, alpha=0.8)
-        left.text(0.3, shift + 0.32, title, fontsize=9)
+    rows = [(kind, dtype) for kind in ("langevin", "nve") for dtype in colors]
+    for number, (kind, dtype) in enumerate(rows):
+        run = runs[f"{kind}-{dtype}-1fs"]
+        energy = np.array(run["energy_meV_per_atom"])
+        level = energy - energy.mean() + ROW * number
+        left.plot(run["time_ps"], level, color=colors[dtype], lw=0.6)
+    names = {"langevin": "langevin\n+ bath", "nve": "NVE"}
+    left.set_yticks([ROW * n for n in range(len(rows))], [f"{names[k]}\n{d}" for k, d in rows])
+    end = 1.02 * run["time_ps"][-1]
+    left.plot([end, end], [0, 0.1], color="k", lw=1.5, clip_on=False)
+    left.text(1.01 * end, 0.05, "0.1\nmeV/atom", va="center", fontsize=8, clip_on=False)
     for dtype, color in colors.items():
-        left.plot([], [], color=color, label=dtype)
         steps = sorted(float(n.split("-")[2][:-2]) for n in runs if n.startswith(f"nve-{dtype}"))
         rms = [runs[f"nve-{dtype}-{dt:g}fs"]["fluctuation_rms"] for dt in steps]
         mark = "o" if dtype == "float32" else "x"
-        right.loglog(steps, rms, mark, color=color, ms=8 if mark == "o" else 7, mfc="none")
+        right.loglog(steps, rms, mark, color=color, ms=8, mfc="none", label=dtype)
     middle = runs["nve-float64-1fs"]["fluctuation_rms"]
     line = np.array([0.4, 2.5])
     right.loglog(line, middle * line**2, color="0.5", lw=1, zorder=0, label="∝ dt²")
-    left.set(xlabel="time (ps)", ylabel="conserved energy (meV/atom), shifted")
+    left.set(
+        xlabel="time (ps)", title="conserved energy, time step 1 fs", xlim=(0, run["time_ps"][-1])
+    )
     right.set(xlabel="time step (fs)", ylabel="NVE fluctuation, rms (meV/atom)")
     right.set_xticks([0.5, 1, 2], ["0.5", "1", "2"])
     right.minorticks_off()
-    left.legend(frameon=False, loc="upper right", ncols=2)
     right.legend(frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
