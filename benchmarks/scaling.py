@@ -45,6 +45,7 @@ HERE = Path(__file__).resolve().parent
 LATTICE = 5.47  # Å
 SKIN = 2.0  # Å, LAMMPS's default in units metal
 GRIDS = ((1, 1, 1), (1, 1, 2), (1, 2, 2), (2, 2, 2))  # along x, y, z
+RANKS = 2  # of the largest timed run
 DOUBLE = 8  # bytes; LAMMPS communicates doubles
 ORIGIN = (0.05, 0.03, 0.07)  # of the crystal, in cells: no atom lies on a border
 DIAMOND = [(0, 0, 0), (0, 2, 2), (2, 0, 2), (2, 2, 0), (1, 1, 1), (1, 3, 3), (3, 1, 3), (3, 3, 1)]
@@ -350,7 +351,12 @@ def report(times: dict, checked: list[dict], thousand: list[dict], features: int
     number = min(len(runs) for runs in times.values())
     text = f"Si crystal, ms per step: median (range) of {number} runs in turn\n\n"
     text += timing_table(times)
+    loads = [run["load"] for runs in times.values() for run in runs]
+    text += f"\nLoad of the machine when the runs ended: {min(loads)} to {max(loads)}."
+    if statistics.median(loads) > 1.5 * RANKS:
+        text += " **Other work was running: these times do not show how ranks scale.**"
     text += (
+        "\n"
         "\nComputed and found: ghosts per rank (mean) and bytes that all ranks send in a step, "
         "512 atoms\n\n| model | ranks | ghosts computed | LAMMPS | bytes computed | sent |\n"
         "|---|---|---|---|---|---|\n"
