@@ -85,7 +85,7 @@ CASES += [
     ("mp", n, "compiled") for n in ("large", "small_cell", "shrink_wrapped", "isolated_periodic")
 ]
 CASES += [("mp", "large", way) for way in ("compiled_extended", "compiled_portions")]
-RANKS = (1, 2, 3, 4)
+RANKS = (1, 2, 4)
 MORE_RANKS = [("local", "triclinic", "default"), ("mp", "shrink_wrapped", "default")]
 MORE_RANKS += [("mp", "large", way) for way in ("default", "extended", "compiled")]
 

@@ -22,7 +22,7 @@ LAYOUTS = {
     "tiled": ("comm_style tiled", "balance 1.0 rcb", ["liquid", "slab"]),
     "slices": ("processors 1 1 *", "", ["slab", "molecule", "triclinic"]),  # ranks in vacuum
 }
-USUAL = [(1, "brick"), (2, "tiled"), (3, "balanced"), (4, "slices")]  # the others are slow
+USUAL = [(1, "brick"), (2, "tiled"), (3, "slices")]  # the others are slow
 RUNS = [
     pytest.param(ranks, layout, name, marks=[] if (ranks, layout) in USUAL else [pytest.mark.slow])
     for ranks in (1, 2, 3, 4)
