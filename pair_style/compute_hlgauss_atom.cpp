@@ -45,6 +45,8 @@ PairHLGauss *ComputeHLGaussAtom::find_pair()
 
 void ComputeHLGaussAtom::init()
 {
+  // commands that send atoms to other ranks initialize first: what was computed is of others then
+  invoked_flag = INVOKED_NONE;
   PairHLGauss *pair = find_pair();
   const auto &known = pair->fields();
   std::string names;
@@ -76,10 +78,13 @@ void ComputeHLGaussAtom::compute_peratom()
     const auto *values =
         static_cast<double *>(pair->extract_peratom(field_names[k].c_str(), columns));
     if (!values || update->eflag_atom != invoked_peratom)
-      error->all(FLERR,
-                 "compute hlgauss/atom: '{}' was not evaluated on step {}; a fix or variable that "
-                 "reads it must be defined before the run, so that the step is announced",
-                 field_names[k], update->ntimestep);
+      error->all(
+          FLERR,
+          "compute hlgauss/atom: '{}' was not evaluated on step {} for these atoms; a fix or "
+          "variable that reads it must be defined before the run, so that the step is "
+          "announced; after a run read it before commands that move atoms between ranks, "
+          "such as write_restart, or after 'run 0'",
+          field_names[k], update->ntimestep);
     for (int i = 0; i < atom->nlocal; i++) {
       const double value = atom->mask[i] & groupbit ? values[i] : 0.0;
       if (size_peratom_cols == 0)

@@ -540,6 +540,7 @@ void PairHLGauss::evaluate()
         field_values[k][nodes.atoms[node]] = unit * result.fields[k][node];
     }
     fields_step = update->ntimestep;
+    fields_tags.assign(atom->tag, atom->tag + (atom->tag_enable ? atom->nlocal : 0));
     num_with_fields++;
   }
 
@@ -621,6 +622,10 @@ void *PairHLGauss::extract_peratom(const char *name, int &num_columns)
 {
   num_columns = 0;
   if (!model || fields_step != update->ntimestep) return nullptr;
+  // between runs commands such as write_restart and balance send atoms to other ranks
+  const auto owned = atom->tag_enable ? atom->nlocal : 0;
+  if (!std::equal(fields_tags.begin(), fields_tags.end(), atom->tag, atom->tag + owned))
+    return nullptr;
   for (size_t k = 0; k < fields().size(); k++)
     if (fields()[k] == name) return field_values[k].data();
   return nullptr;

@@ -38,7 +38,8 @@ public:
   /// field), and "hlgauss_pair" (this object), all with dim = 0.
   void *extract(const char *, int &) override;
 
-  /// Values of a field on owned atoms, or nullptr if it was not evaluated on this step.
+  /// Values of a field on owned atoms, or nullptr if it was not evaluated on this step, or not for
+  /// the atoms that the rank owns by now.
   void *extract_peratom(const char *, int &) override;
 
   /// Every style of this kind in use, alone or below pair_style hybrid.
@@ -80,6 +81,7 @@ private:
   std::vector<int> field_flags;                     // triggers of fix pair, one per field
   std::vector<std::vector<double>> field_values;    // (nmax) per field, LAMMPS units
   bigint fields_step;                               // step the values belong to, or -1
+  std::vector<tagint> fields_tags;                  // owned atoms the values belong to
 
   bigint num_evaluations, num_with_fields, num_edges_seen, num_centers_seen;
   double time_graph, time_model, time_tally;    // seconds in this run

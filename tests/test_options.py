@@ -161,6 +161,33 @@ def test_what_would_be_wrong_is_refused(folder: Path, name: str) -> None:
         assert word in result.stdout + result.stderr
 
 
+# write_restart sends atoms that have crossed a border to the rank they are on now
+MOVED = """
+velocity all create 3000 11
+fix 1 all nve
+timestep 0.001
+neighbor 0.9 bin
+neigh_modify every 1000 delay 1000 check no
+compute u all hlgauss/atom entropy
+compute umax all reduce max c_u
+thermo_style custom step c_umax
+run 20
+variable before equal $(c_umax)
+write_restart moved.restart
+"""
+
+
+def test_fields_of_atoms_that_changed_ranks_are_not_read(folder: Path) -> None:
+    read = 'print "read $(c_umax)"\n'
+    refused = run_lammps(start(1) + MOVED + read, folder, 2)
+    assert refused.returncode != 0 and "\nread " not in refused.stdout
+    assert "before commands that move atoms between ranks" in refused.stdout + refused.stderr
+    again = 'run 0\nprint "read $(c_umax/v_before:%.12f)"\n'
+    result = run_lammps(start(1) + MOVED + again, folder, 2)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert float(result.stdout.split("\nread ")[1].split()[0]) == pytest.approx(1, abs=TOLERANCE)
+
+
 def test_features_are_exchanged_under_every_kind_of_communication(folder: Path) -> None:
     """One ghost cutoff per type, tiles instead of bricks: the ghosts differ, the forces do not."""
     script = ""
