@@ -12,7 +12,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from . import keys
 from .graph import graph_inputs
 from .model_file import load
-from .potential import FIELDS, edge_forces
+from .potential import edge_forces
 
 
 class HLCalculator(Calculator):
@@ -30,18 +30,22 @@ class HLCalculator(Calculator):
             unknown to it.
     """
 
-    implemented_properties: ClassVar[list[str]] = [  # type: ignore[misc]  # ASE: per instance
+    implemented_properties: ClassVar[list[str]] = [  # type: ignore[misc]  # each model adds fields
         "energy",
         "free_energy",
         "energies",
         "forces",
         "stress",
-        *FIELDS,
     ]
 
     def __init__(self, path: str | Path, device: str = "cpu", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.model = load(path, device)
+        fields = [name for name in self.model.fields if name != keys.ENERGY]
+        self.implemented_properties = [  # type: ignore[misc]  # ASE: per instance
+            *type(self).implemented_properties,
+            *fields,
+        ]
 
     def calculate(
         self,
@@ -70,6 +74,6 @@ class HLCalculator(Calculator):
             virial = (vectors.T @ gradients).numpy()
             stress = 0.5 * (virial + virial.T) / self.atoms.get_volume()
             self.results["stress"] = full_3x3_to_voigt_6_stress(stress)
-        for field in FIELDS:
-            if field in outputs:
+        for field in self.model.fields:
+            if field != keys.ENERGY:
                 self.results[field] = np.asarray(outputs[field].double())

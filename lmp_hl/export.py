@@ -17,7 +17,7 @@ from . import __version__, keys
 from .graph import graph_inputs
 from .model_file import FORMAT_VERSION, load
 from .nn.heads import HistogramEnergy
-from .potential import FIELDS, Potential
+from .potential import Potential
 from .stages import Stages
 
 # largest deviation of the self-test: rounding on other hardware, not another model
@@ -43,7 +43,6 @@ class ExportedPotential(nn.Module):
 
     def __init__(self, potential: Potential, elements: Sequence[str], card: dict[str, Any]) -> None:
         super().__init__()
-        head = potential.energy_head
         self.format_version = FORMAT_VERSION
         self.elements = list(elements)
         self.masses = [float(atomic_masses[atomic_numbers[element]]) for element in elements]
@@ -52,10 +51,7 @@ class ExportedPotential(nn.Module):
         dtype = next(potential.parameters()).dtype
         self.dtype = str(dtype).removeprefix("torch.")
         self.units = "metal"
-        histogram_only = (keys.ENTROPY, keys.EXCESS_ENTROPY)
-        self.fields = [keys.ENERGY] + [
-            f for f in FIELDS if isinstance(head, HistogramEnergy) or f not in histogram_only
-        ]
+        self.fields = [keys.ENERGY, *potential.field_names()]
         self.stages = Stages(potential, self.fields)
         self.field_units = [keys.FIELD_UNITS[field] for field in self.fields]
         self.selftest_tolerance = TOLERANCE[self.dtype]
@@ -118,10 +114,8 @@ def make_exported(
             "entropy_floor": head.entropy_floor(),
             "bins": "uniform, centred on the atom's anchor energy",
         }
-    card["force_histogram"] = {
-        "num_bins": int(potential.force_distribution.masses.shape[1]),
-        "bin_width": float(potential.force_distribution.bin_width),
-    }
+    for method in potential.uncertainty_methods():
+        card.update(method.card())
     return ExportedPotential(potential, elements, card).eval()
 
 

@@ -3,20 +3,15 @@
 The same forward is used in training (keep_graph), by the ASE calculator and, scripted, in LAMMPS.
 """
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
-from . import histogram, keys
+from . import keys, uncertainty
 from .nn.backbone import Backbone, Features
-from .nn.heads import (
-    AtomicEnergy,
-    FeatureDistance,
-    ForceDistribution,
-    HistogramEnergy,
-    ScalarEnergy,
-)
-
-FIELDS = (keys.ENTROPY, keys.EXCESS_ENTROPY, keys.FORCE_ENTROPY, keys.FORCE_STD, keys.DISTANCE)
+from .nn.heads import AtomicEnergy, HistogramEnergy, ScalarEnergy
 
 
 class Potential(nn.Module):
@@ -29,6 +24,7 @@ class Potential(nn.Module):
         head: "hlgauss" or "scalar".
         channels, l_max, num_radial, num_scalars: see Backbone.
         num_bins, sigma: of the energy histogram; sigma in bin widths.
+        methods: names of the uncertainty methods it carries, see lmp_hl.uncertainty.
     """
 
     reference_energies: Tensor
@@ -45,6 +41,7 @@ class Potential(nn.Module):
         num_scalars: int,
         num_bins: int,
         sigma: float,
+        methods: Sequence[str] = uncertainty.DEFAULT,
     ) -> None:
         super().__init__()
         if l_max < 2:
@@ -62,8 +59,8 @@ class Potential(nn.Module):
         else:
             raise ValueError(f"model.head must be 'hlgauss' or 'scalar', got {head!r}")
         self.energy_head = energy_head
-        self.distance = FeatureDistance(num_scalars, channels, l_max, num_elements)
-        self.force_distribution = ForceDistribution(num_scalars, channels, l_max, num_elements)
+        sizes = uncertainty.Sizes(num_scalars, channels, l_max, num_elements)
+        self.methods = uncertainty.make_methods(methods, sizes)
         self.register_buffer("reference_energies", torch.zeros(num_elements, dtype=torch.float64))
 
     def atoms(self, inputs: dict[str, Tensor]) -> tuple[Features, AtomicEnergy]:
@@ -75,27 +72,28 @@ class Potential(nn.Module):
     def fields(
         self, features: Features, energy: AtomicEnergy, species: Tensor
     ) -> dict[str, Tensor]:
-        """Every per-atom uncertainty field (keys.py) of the owned atoms."""
-        distance = self.distance(features, species)
-        force = self.force_distribution(features, species)
-        out = {
-            keys.FORCE_ENTROPY: self.force_distribution.entropy(force, distance),
-            keys.FORCE_STD: self.force_distribution.std(force, distance),
-            keys.DISTANCE: distance,
-        }
-        if energy.logits.shape[1] > 0:
-            entropy = histogram.entropy(torch.softmax(energy.logits, 1))
-            out[keys.ENTROPY] = entropy
-            out[keys.EXCESS_ENTROPY] = entropy - self.entropy_floor()
+        """Every per-atom uncertainty field of the owned atoms, see field_names."""
+        out = self.energy_head.fields(energy)
+        for _, method in self.methods.items():
+            out.update(method(features, energy, species))
         return out
 
     def total_energy(self, energy: AtomicEnergy, species: Tensor) -> Tensor:
         """Per-atom energy with the element's reference, (num_atoms,) float64, eV."""
         return energy.energy.double() + self.reference_energies.index_select(0, species)
 
-    def entropy_floor(self) -> float:
-        """Entropy of a perfect prediction of the energy head, nats; 0 for a scalar head."""
-        return self.energy_head.entropy_floor()
+    @torch.jit.unused
+    def field_names(self) -> list[str]:
+        """Names (keys.py) of what `fields` returns, those of the energy head first."""
+        names = list(self.energy_head.FIELDS)
+        for method in self.uncertainty_methods():
+            names += [name for name in method.FIELDS if name not in names]
+        return names
+
+    @torch.jit.unused
+    def uncertainty_methods(self) -> list[uncertainty.Method]:
+        """The uncertainty methods it carries."""
+        return [cast(uncertainty.Method, method) for method in self.methods.values()]
 
     def forward(
         self, inputs: dict[str, Tensor], with_fields: bool = False, keep_graph: bool = False

@@ -62,11 +62,8 @@ def randomize(potential, structures, elements, seed):
         inputs.append({**graph, fr.NUM_ATOMS: torch.tensor([len(structure)])})
     batch = fr.collate_graphs(inputs)
     fit_scales(potential.backbone, batch)
-    head, distance, force = (
-        potential.energy_head,
-        potential.distance,
-        potential.force_distribution,
-    )
+    head, scales = potential.energy_head, potential.methods["scales"]
+    distance, force = scales.distance, scales.force_distribution
     with torch.no_grad():
         head.scale.fill_(0.2)
         head.anchor.element_bias.weight.copy_(noise(head.anchor.element_bias.weight, 0.5))
@@ -120,6 +117,9 @@ def make_potential(
     return potential.requires_grad_(False).eval()
 
 
+FIELDS = make_potential().field_names()  # of a recommended potential
+
+
 def calibrated(preset, dtype="float64"):
     """A random potential whose uncertainty is fitted to features of a crystal, so that it varies.
 
@@ -127,11 +127,8 @@ def calibrated(preset, dtype="float64"):
     fields that are all alike agree whatever the code does.
     """
     potential = copy.deepcopy(make_potential(preset, num_elements=2, dtype=dtype))
-    backbone, distance, force = (
-        potential.backbone,
-        potential.distance,
-        potential.force_distribution,
-    )
+    backbone, scales = potential.backbone, potential.methods["scales"]
+    distance, force = scales.distance, scales.force_distribution
     layers = 1 + len(backbone.message_layers)
     atoms = crystal(15, triclinic=True, repeat=5)
     symbols = np.array(ELEMENTS)[atoms.species]

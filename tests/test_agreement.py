@@ -5,6 +5,7 @@ import json
 import shutil
 import warnings
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from lmp_hl.graph import graph_inputs
 from lmp_hl.h5md import open_trajectory
 
 SYMBOLS = np.array(ELEMENTS[:2])
-FIELDS = list(keys.FIELD_UNITS)
+FIELDS = [keys.ENERGY, *conftest.FIELDS]
 BAR_PER_EV_A3 = 1.6021765e6  # the rounded number that LAMMPS itself uses in units metal
 
 # Both evaluate the same network, in float64 on edges in another order: sums of some hundred terms

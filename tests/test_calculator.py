@@ -7,13 +7,13 @@ from ase.build import bulk, make_supercell
 from ase.calculators.fd import calculate_numerical_stress
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.md.verlet import VelocityVerlet
-from conftest import CUTOFF
+from conftest import CUTOFF, FIELDS
 
 import lmp_hl
 from lmp_hl import keys
 from lmp_hl.calculator import HLCalculator
 from lmp_hl.graph import graph_inputs
-from lmp_hl.potential import FIELDS, edge_forces
+from lmp_hl.potential import edge_forces
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,13 @@ import subprocess
 
 import pytest
 import torch
-from conftest import CUTOFF, ELEMENTS, calibrated, make_card, make_potential, make_structure
+from conftest import CUTOFF, ELEMENTS, FIELDS, calibrated, make_card, make_potential, make_structure
 
 from lmp_hl import HLCalculator, keys, model_file, runtime, stages
 from lmp_hl import compile as compile_module
 from lmp_hl.compile import export_compiled
 from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
-from lmp_hl.potential import FIELDS
 from lmp_hl.training.checkpoint import CHECKPOINT_FORMAT, export_checkpoint
 from lmp_hl.training.config import ModelConfig
 from lmp_hl.training.module import build_potential

@@ -119,7 +119,7 @@ def test_self_test_notices_a_changed_weight(tiny_model, tmp_path):
 
 def test_self_test_notices_nan(tiny_model, tmp_path):
     def change(module):
-        module.stages.potential.distance.median.fill_(float("nan"))
+        module.stages.potential.methods.scales.distance.median.fill_(float("nan"))
 
     with pytest.raises(ValueError, match=r"self-test failed: .* differs by nan"):
         model_file.load(altered(tiny_model, tmp_path, change))

@@ -14,7 +14,7 @@ from lmp_hl import histogram, keys
 from lmp_hl.graph import graph_inputs
 from lmp_hl.nn.backbone import Backbone
 from lmp_hl.nn.heads import invariants
-from lmp_hl.potential import FIELDS, Potential, edge_forces
+from lmp_hl.potential import Potential, edge_forces
 from lmp_hl.training import frames as fr
 
 # preset, head, number of elements, l_max
@@ -68,22 +68,17 @@ def assert_same_scalars(a, b, names, order=slice(None)):
         np.testing.assert_allclose(a[name][order], b[name], rtol=1e-9, atol=1e-10, err_msg=name)
 
 
-def field_names(potential):
-    has_histogram = hasattr(potential.energy_head, "offsets")
-    return [f for f in FIELDS if has_histogram or f not in (keys.ENTROPY, keys.EXCESS_ENTROPY)]
-
-
 @cases(ALL)
 def test_rotation_and_inversion(potential, structure_factory):
     atoms = structure_factory(elements_of(potential), seed=1)
     before = evaluate(potential, atoms)
-    assert set(field_names(potential)) <= set(before)
+    assert set(potential.field_names()) <= set(before)
     for matrix in (Rotation.random(rng=5).as_matrix(), -Rotation.random(rng=6).as_matrix()):
         turned = atoms.copy()
         turned.set_cell(atoms.cell @ matrix.T)
         turned.positions = atoms.positions @ matrix.T
         after = evaluate(potential, turned)
-        assert_same_scalars(after, before, [keys.ENERGY, *field_names(potential)])
+        assert_same_scalars(after, before, [keys.ENERGY, *potential.field_names()])
         np.testing.assert_allclose(after["forces"], before["forces"] @ matrix.T, atol=1e-9)
         np.testing.assert_allclose(after["virial"], matrix @ before["virial"] @ matrix.T, atol=1e-8)
 
@@ -97,7 +92,7 @@ def test_translation_permutation_and_choice_of_image(potential, structure_factor
     moved.wrap()
     order = np.random.default_rng(0).permutation(len(atoms))
     after = evaluate(potential, moved[order])
-    assert_same_scalars(before, after, [keys.ENERGY, "forces", *field_names(potential)], order)
+    assert_same_scalars(before, after, [keys.ENERGY, "forces", *potential.field_names()], order)
 
 
 @cases(SOME)
@@ -178,7 +173,7 @@ def test_batch_equals_singles(potential, structure_factory):
     ]
     together = potential(fr.collate_graphs(graphs), True)
     singles = [potential(graph, True) for graph in graphs]
-    for name in (keys.ENERGY, keys.EDGE_GRADIENTS, *field_names(potential)):
+    for name in (keys.ENERGY, keys.EDGE_GRADIENTS, *potential.field_names()):
         expected = torch.cat([single[name] for single in singles])
         torch.testing.assert_close(together[name], expected, rtol=1e-10, atol=1e-10)
 
@@ -186,11 +181,11 @@ def test_batch_equals_singles(potential, structure_factory):
 @cases(SOME)
 def test_no_atoms_and_no_neighbours(potential):
     empty = evaluate(potential, Atoms())
-    assert all(len(empty[name]) == 0 for name in (keys.ENERGY, "forces", *field_names(potential)))
+    assert all(len(empty[name]) == 0 for name in (keys.ENERGY, "forces", *potential.field_names()))
     apart = evaluate(potential, Atoms([elements_of(potential)[0]] * 2, [[0, 0, 0], [0, 0, CUTOFF]]))
     assert (apart["forces"] == 0).all()
     assert apart[keys.ENERGY][0] == pytest.approx(apart[keys.ENERGY][1], rel=1e-14)
-    assert all(np.isfinite(apart[name]).all() for name in (keys.ENERGY, *field_names(potential)))
+    assert all(np.isfinite(apart[name]).all() for name in (keys.ENERGY, *potential.field_names()))
 
 
 def test_range_of_the_energy_is_layers_times_cutoff(potential_factory):
@@ -249,7 +244,7 @@ def test_float32_agrees_with_float64(potential_factory, structure_factory):
     single.load_state_dict(double.state_dict())
     atoms = structure_factory(ELEMENTS, seed=9)
     expected, got = evaluate(double, atoms), evaluate(single, atoms)
-    for name in ("forces", keys.ENERGY, *field_names(double)):
+    for name in ("forces", keys.ENERGY, *double.field_names()):
         scale = max(1.0, np.abs(expected[name]).max())
         np.testing.assert_allclose(got[name], expected[name], atol=1e-4 * scale, err_msg=name)
 
@@ -342,8 +337,8 @@ def force(request, potential_factory, structure_factory):
     species = inputs[keys.SPECIES]
     return (
         potential,
-        potential.force_distribution(features, species),
-        potential.distance(features, species),
+        potential.methods["scales"].force_distribution(features, species),
+        potential.methods["scales"].distance(features, species),
     )
 
 
@@ -364,7 +359,7 @@ def test_shape_of_the_force_distribution_turns_with_the_structure(force, structu
     turned.set_cell(atoms.cell @ matrix.T, scale_atoms=True)
     inputs = inputs_of(potential, turned)
     features, _ = potential.atoms(inputs)
-    after = potential.force_distribution(features, inputs[keys.SPECIES])
+    after = potential.methods["scales"].force_distribution(features, inputs[keys.SPECIES])
     expected = matrix @ before.shape.numpy() @ matrix.T
     np.testing.assert_allclose(after.shape, expected, atol=1e-10)
     np.testing.assert_allclose(after.logits, before.logits, atol=1e-10)
@@ -372,7 +367,7 @@ def test_shape_of_the_force_distribution_turns_with_the_structure(force, structu
 
 def test_log_density_is_scipys_mixture_of_gaussians(force):
     potential, distribution, factor = force
-    head = potential.force_distribution
+    head = potential.methods["scales"].force_distribution
     errors = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     got = head.log_density(distribution, factor, errors)
     weights = torch.softmax(distribution.logits, 1).numpy()
@@ -390,7 +385,7 @@ def test_log_density_is_scipys_mixture_of_gaussians(force):
 
 def test_force_std_is_the_root_of_the_mean_variance_of_a_component(force):
     potential, distribution, factor = force
-    head = potential.force_distribution
+    head = potential.methods["scales"].force_distribution
     weights, scales = torch.softmax(distribution.logits, 1), torch.exp(head.log_scales)
     covariance = distribution.shape * (
         factor.square() * (weights * scales.square()).sum(1)
@@ -401,7 +396,7 @@ def test_force_std_is_the_root_of_the_mean_variance_of_a_component(force):
 
 def test_force_entropy_is_that_of_the_mixtures_bin_masses_and_grows_with_the_factor(force):
     potential, distribution, factor = force
-    head = potential.force_distribution
+    head = potential.methods["scales"].force_distribution
     edges = histogram.uniform_edges(head.masses.shape[1], float(head.bin_width))
     weights = torch.softmax(distribution.logits, 1)
     trace = distribution.shape.diagonal(dim1=1, dim2=2).sum(1)
@@ -420,7 +415,7 @@ def test_distance_is_the_mahalanobis_distance_of_the_element(potential_factory, 
     potential = potential_factory("local", "hlgauss", 3)
     inputs = inputs_of(potential, structure_factory(ELEMENTS, seed=5))
     features, _ = potential.atoms(inputs)
-    head = potential.distance
+    head = potential.methods["scales"].distance
     x = invariants(features).numpy()
     got = head(features, inputs[keys.SPECIES])
     for i, z in enumerate(inputs[keys.SPECIES].tolist()):

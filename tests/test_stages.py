@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import CUTOFF, ELEMENTS, make_potential, make_structure
+from conftest import CUTOFF, ELEMENTS, FIELDS, make_potential, make_structure
 
 from lmp_hl import keys, stages
 from lmp_hl.graph import graph_inputs
-from lmp_hl.potential import FIELDS
 
 # the same sums in float64, some in another order
 EXACT = 1e-12

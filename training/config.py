@@ -17,6 +17,8 @@ from typing import Any, Final, Literal, TypeVar
 import yaml
 from ase.data import atomic_numbers
 
+from lmp_hl import uncertainty
+
 Config = TypeVar("Config")
 
 
@@ -110,6 +112,9 @@ class ModelConfig:
     bin_width: float | None = None
     """eV; null: measured from the energy errors at the end of the scalar warm-up."""
 
+    uncertainty: tuple[str, ...] = uncertainty.DEFAULT
+    """Uncertainty methods the potential carries, see lmp_hl.uncertainty; each brings fields."""
+
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the network; per-atom energies are summed in float64 either way."""
 
@@ -126,6 +131,9 @@ class ModelConfig:
         _require(self.num_bins >= least, "model.num_bins", wanted, self.num_bins)
         width = self.bin_width
         _require(width is None or width > 0, "model.bin_width", "> 0 eV or null", width)
+        known = ", ".join(uncertainty.METHODS)
+        for name in self.uncertainty:
+            _require(name in uncertainty.METHODS, "model.uncertainty", f"among {known}", name)
         if self.preset == "local":
             wanted = "1 or null (preset local is strictly local; use preset: mp)"
             _require(self.num_layers in (None, 1), "model.num_layers", wanted, self.num_layers)

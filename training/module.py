@@ -40,6 +40,7 @@ def build_potential(config: ModelConfig, num_elements: int) -> Potential:
             num_scalars=config.hidden,
             num_bins=config.num_bins,
             sigma=config.sigma,
+            methods=config.uncertainty,
         )
     finally:
         torch.set_default_dtype(default)
@@ -58,8 +59,7 @@ class PotentialModule(L.LightningModule):
         self.potential = potential
         self.config = config
         # fitted after training on frozen features, never by the loss
-        for part in (potential.distance, potential.force_distribution):
-            part.requires_grad_(False)
+        potential.methods.requires_grad_(False)
         self._sums: dict[str, Tensor] = {}
 
     @property

@@ -1,17 +1,11 @@
-"""Heads: features per atom -> energy (histogram or scalar), force distribution, feature distance.
+"""Energy heads: features of an atom -> its energy, as a histogram or as a number."""
 
-The energy head is trained; force distribution and distance are fitted afterwards on frozen features
-(training/calibrate.py) and stay out of the energy and its gradient.
-"""
-
-import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
-from e3nn import o3
 from torch import Tensor, nn
 
-from .. import histogram
+from .. import histogram, keys
 from .backbone import Features
 
 
@@ -50,6 +44,8 @@ class Readout(nn.Module):
 class ScalarEnergy(nn.Module):
     """The control: one number per atom, E_i = scale * m(h_i)."""
 
+    FIELDS: ClassVar[tuple[str, ...]] = ()
+
     scale: Tensor
 
     def __init__(self, num_scalars: int, num_elements: int) -> None:
@@ -63,9 +59,10 @@ class ScalarEnergy(nn.Module):
         none = energy.new_zeros(0)
         return AtomicEnergy(energy, energy, energy.new_zeros((energy.shape[0], 0)), none)
 
-    def entropy_floor(self) -> float:
-        """A number has no entropy: 0 nats."""
-        return 0.0
+    def fields(self, energy: AtomicEnergy) -> dict[str, Tensor]:
+        """A number says nothing about itself."""
+        out: dict[str, Tensor] = {}
+        return out
 
 
 class HistogramEnergy(nn.Module):
@@ -78,6 +75,8 @@ class HistogramEnergy(nn.Module):
     data the energy extrapolates as a scalar's would instead of saturating at the last bin. tau
     starts at the target kernel's width, delta at zero.
     """
+
+    FIELDS: ClassVar[tuple[str, ...]] = (keys.ENTROPY, keys.EXCESS_ENTROPY)
 
     scale: Tensor
     bin_width: Tensor
@@ -141,6 +140,11 @@ class HistogramEnergy(nn.Module):
         probs = torch.softmax(logits, dim=1)
         return anchor + self.bin_width.to(anchor.dtype) * histogram.expectation(probs, self.offsets)
 
+    def fields(self, energy: AtomicEnergy) -> dict[str, Tensor]:
+        """Entropy of each atom's histogram and how far it is above the floor, nats."""
+        entropy = histogram.entropy(torch.softmax(energy.logits, 1))
+        return {keys.ENTROPY: entropy, keys.EXCESS_ENTROPY: entropy - self.entropy_floor()}
+
     def entropy_floor(self) -> float:
         """Entropy of a perfect prediction, nats."""
         return histogram.entropy_floor(self.sigma_in_bins, 1.0)
@@ -155,165 +159,3 @@ def invariants(features: Features) -> Tensor:
         parts.append((block.pow(2).sum(0) + 1e-12).sqrt())
         degree += 1
     return torch.cat(parts, dim=1)
-
-
-class FeatureDistance(nn.Module):
-    """Mahalanobis distance of an atom's features from the training set's, per element.
-
-    d_i = |L_z^T (x_i - mu_z)| / sqrt(num_features), divided by its median over the validation
-    frames. x are the scalars and the norms of the tensors of degree >= 1; L_z L_z^T is the inverse
-    of the regularised covariance.
-    """
-
-    mean: Tensor
-    whiten: Tensor
-    median: Tensor
-
-    def __init__(self, num_scalars: int, channels: int, l_max: int, num_elements: int) -> None:
-        super().__init__()
-        self.l_max = l_max
-        size = num_scalars + l_max * channels
-        self.register_buffer("mean", torch.zeros(num_elements, size))
-        self.register_buffer("whiten", torch.eye(size).repeat(num_elements, 1, 1))
-        self.register_buffer("median", torch.ones(()))
-
-    def forward(self, features: Features, species: Tensor) -> Tensor:
-        """Features of the atoms -> (num_atoms,) distance; 1 is typical of validation frames."""
-        x = invariants(features)
-        out = torch.zeros_like(x[:, 0])
-        for element in range(self.mean.shape[0]):
-            rows = torch.nonzero(species == element).squeeze(1)
-            white = (x.index_select(0, rows) - self.mean[element]) @ self.whiten[element]
-            distance = (white.pow(2).mean(1) + 1e-12).sqrt()
-            out = out.index_add(0, rows, distance)
-        return out / self.median
-
-
-def _exponential(g: Tensor) -> Tensor:
-    """exp(G) of traceless symmetric matrices (n, 3, 3) with |G| <= 1, exact to rounding.
-
-    The power series by Horner's rule, its terms kept as a + b G + c G^2 by Cayley and Hamilton's
-    G^3 = tr(G^2)/2 G + det(G): plain arithmetic that a compiler fuses, unlike torch.matrix_exp.
-    """
-    square = (g.unsqueeze(3) * g.unsqueeze(1)).sum(2)
-    p = 0.5 * square.diagonal(dim1=1, dim2=2).sum(1)
-    q = (square * g).sum((1, 2)) / 3.0
-    a, b, c = torch.ones_like(p), torch.zeros_like(p), torch.zeros_like(p)
-    for k in range(18, 0, -1):  # 1/19! is below float64's rounding
-        a, b, c = 1.0 + q * c / k, (a + p * c) / k, b / k
-    one = torch.eye(3, dtype=g.dtype, device=g.device)
-    return a[:, None, None] * one + b[:, None, None] * g + c[:, None, None] * square
-
-
-class ForceScales(NamedTuple):
-    """Of force errors: logits (num_atoms, num_scales), shape (num_atoms, 3, 3) SPD with det 1."""
-
-    logits: Tensor
-    shape: Tensor
-
-
-class ForceDistribution(nn.Module):
-    """Joint density of an atom's force error, p(dF) = sum_k q_k N(0, (s_k g)^2 C), equivariant.
-
-    q is categorical over the log-spaced scales s_k (1 meV/Å to 10 eV/Å), C = exp(G) with G the
-    traceless symmetric tensor of degree-2 features, and g the feature distance, which carries the
-    growth away from the data that a fitted spread alone does not have. Isotropic summary:
-    force_std = sqrt(tr Sigma / 3).
-    """
-
-    log_scales: Tensor
-    feature_mean: Tensor
-    feature_std: Tensor
-    tensor_rms: Tensor
-    cartesian: Tensor
-    bin_width: Tensor
-    masses: Tensor
-
-    def __init__(
-        self,
-        num_scalars: int,
-        channels: int,
-        l_max: int,
-        num_elements: int,
-        num_scales: int = 32,
-        num_bins: int = 128,
-    ) -> None:
-        super().__init__()
-        num_invariants = num_scalars + l_max * channels
-        self.location = nn.Linear(num_invariants, 1, bias=False)
-        self.element_location = nn.Embedding(num_elements, 1)
-        self.log_spread = nn.Parameter(torch.zeros(()))
-        self.delta = nn.Parameter(torch.zeros(num_scales))
-        self.shape_weight = nn.Parameter(torch.zeros(channels))
-        nn.init.zeros_(self.location.weight)
-        nn.init.constant_(self.element_location.weight, math.log(0.1))
-        self.register_buffer(
-            "log_scales", torch.linspace(math.log(1e-3), math.log(10.0), num_scales)
-        )
-        self.register_buffer("feature_mean", torch.zeros(num_invariants))
-        self.register_buffer("feature_std", torch.ones(num_invariants))
-        self.register_buffer("tensor_rms", torch.ones(()))
-        cartesian = o3.wigner_3j(1, 1, 2, dtype=torch.float64) * math.sqrt(5.0)
-        self.register_buffer("cartesian", cartesian.permute(2, 0, 1).to(torch.get_default_dtype()))
-        # masses of N(0, sigma^2) for log-spaced sigma, each way as many again as there are scales
-        self.num_extra = num_scales
-        self.spacing = math.log(1e4) / (num_scales - 1)
-        self.register_buffer("bin_width", torch.ones(()))  # eV/Å, set_bin_width
-        self.register_buffer("masses", torch.zeros(3 * num_scales, num_bins))
-        self.set_bin_width(0.01)
-
-    def set_bin_width(self, bin_width: float) -> None:
-        """Choose the bins of `entropy`, in eV/Å, and tabulate the masses of the scales in them."""
-        edges = histogram.uniform_edges(self.masses.shape[1], bin_width)
-        steps = torch.arange(self.masses.shape[0], dtype=torch.float64) - self.num_extra
-        sigma = 1e-3 * torch.exp(steps * self.spacing)
-        self.bin_width.fill_(bin_width)
-        self.masses.copy_(histogram.hl_gauss(torch.zeros_like(sigma), edges, sigma))
-
-    def forward(self, features: Features, species: Tensor) -> ForceScales:
-        """Features of the atoms -> their force errors' distribution before the distance factor."""
-        x = (invariants(features) - self.feature_mean) / self.feature_std
-        location = self.location(x) + self.element_location(species)
-        relative = (self.log_scales - location) * torch.exp(-self.log_spread)
-        t = torch.matmul(features.tensors[4:9], self.shape_weight) / self.tensor_rms
-        g = torch.einsum("mi,mab->iab", t, self.cartesian)
-        # bounded, so that no feature far from the data can make the ellipsoid a needle
-        norm = g.pow(2).sum((1, 2), keepdim=True)
-        shape = _exponential(g / (1.0 + norm).sqrt())
-        return ForceScales(self.delta - 0.5 * relative.pow(2), shape)
-
-    def std(self, force: ForceScales, factor: Tensor) -> Tensor:
-        """sqrt(tr Sigma / 3) of each atom, eV/Å; `factor` (num_atoms,) is g."""
-        mean_square = (torch.softmax(force.logits, 1) * torch.exp(2.0 * self.log_scales)).sum(1)
-        trace = force.shape.diagonal(dim1=1, dim2=2).sum(1)
-        return factor * (mean_square * trace / 3.0).sqrt()
-
-    def entropy(self, force: ForceScales, factor: Tensor) -> Tensor:
-        """Entropy, nats, of the histogram of one force component's error, isotropic part.
-
-        The mixture sum_k q_k N(0, (s_k g)^2 tr C / 3) in the model's uniform bins; its scales are
-        taken between tabulated ones by linear interpolation of the masses in log sigma.
-        """
-        trace = force.shape.diagonal(dim1=1, dim2=2).sum(1)
-        steps = torch.log(factor * (trace / 3.0).sqrt()) / self.spacing + self.num_extra
-        steps = steps.clamp(0.0, 2.0 * self.num_extra - 1.001).unsqueeze(1)
-        # an atom whose features are not finite gets a nan here, not an index out of bounds
-        index = torch.nan_to_num(steps).long()
-        index = index + torch.arange(force.logits.shape[1], device=steps.device)
-        upper = steps - steps.floor()
-        q = torch.softmax(force.logits, 1)
-        weights = torch.zeros((q.shape[0], self.masses.shape[0]), dtype=q.dtype, device=q.device)
-        weights = weights.scatter_add(1, index, q * (1.0 - upper)).scatter_add(
-            1, index + 1, q * upper
-        )
-        return histogram.entropy(weights @ self.masses)
-
-    def log_density(self, force: ForceScales, factor: Tensor, errors: Tensor) -> Tensor:
-        """Log p(dF) of each atom; errors (num_atoms, 3) in eV/Å -> (num_atoms,)."""
-        mahalanobis = (
-            errors.unsqueeze(1) @ torch.linalg.solve(force.shape, errors.unsqueeze(2))
-        ).flatten()
-        log_sigma = self.log_scales + torch.log(factor).unsqueeze(1)
-        kernel = -0.5 * mahalanobis.unsqueeze(1) * torch.exp(-2.0 * log_sigma) - 3.0 * log_sigma
-        mixture = torch.logsumexp(torch.log_softmax(force.logits, 1) + kernel, 1)
-        return mixture - 1.5 * math.log(2.0 * math.pi)

@@ -1,0 +1,90 @@
+"""What every uncertainty method takes and gives."""
+
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from ..nn.backbone import Features
+from ..nn.heads import AtomicEnergy
+
+
+class Sizes(NamedTuple):
+    """Of the network a method reads: numbers of scalars, channels, degrees, elements."""
+
+    num_scalars: int
+    channels: int
+    l_max: int
+    num_elements: int
+
+    @property
+    def num_invariants(self) -> int:
+        """Length of what nn.heads.invariants returns."""
+        return self.num_scalars + self.l_max * self.channels
+
+
+class Atoms(NamedTuple):
+    """Every atom of a set of frames, frozen: what one forward pass left behind, and its error.
+
+    features: of num_atoms atoms; energy: output of the energy head; species, frame: (num_atoms,);
+    errors: (num_atoms, 3) true minus predicted force, eV/Å; energy_errors: (num_frames,) true minus
+    predicted energy, eV.
+    """
+
+    features: Features
+    energy: AtomicEnergy
+    species: Tensor
+    frame: Tensor
+    errors: Tensor
+    energy_errors: Tensor
+
+    @property
+    def num_frames(self) -> int:
+        """Frames in the set."""
+        return len(self.energy_errors)
+
+    def rows(self, index: Tensor) -> "Atoms":
+        """Some of the atoms; energy_errors stay those of all frames."""
+        features = Features(self.features.scalars[index], self.features.tensors[:, index])
+        e = self.energy
+        tau2 = e.tau2[index] if len(e.tau2) else e.tau2
+        energy = AtomicEnergy(e.energy[index], e.anchor[index], e.logits[index], tau2)
+        return Atoms(
+            features,
+            energy,
+            self.species[index],
+            self.frame[index],
+            self.errors[index],
+            self.energy_errors,
+        )
+
+
+class Method(nn.Module):
+    """Per-atom fields from what one forward pass leaves behind; never part of the energy.
+
+    A subclass is built from Sizes, is scripted with the potential, and keeps what it has fitted in
+    buffers and parameters.
+    """
+
+    FIELDS: ClassVar[tuple[str, ...]]  # names of keys.py, in the order of the model file
+
+    def forward(
+        self, features: Features, energy: AtomicEnergy, species: Tensor
+    ) -> dict[str, Tensor]:
+        """Features, energy-head output and species of atoms -> every field of FIELDS, (n,)."""
+        raise NotImplementedError
+
+    def fit(self, seen: Atoms, held: Atoms) -> dict[str, Any]:
+        """Fit to frozen features, in float64 on the CPU.
+
+        Args:
+            seen: the training frames; their errors are smaller than those of other frames.
+            held: frames that were not trained on; everything with a size comes from these.
+
+        Returns:
+            What the model card should say about it.
+        """
+        raise NotImplementedError
+
+    def card(self) -> dict[str, Any]:
+        """What a model card says about the method besides what `fit` found."""
+        return {}
