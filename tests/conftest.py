@@ -25,6 +25,10 @@ from lmp_hl.training.module import build_potential
 ELEMENTS = ("Si", "O", "Cu")
 CUTOFF = 4.0
 
+# glibc fills new memory of the processes that tests start: what is read before it was written is
+# then 1e127 and not, most of the time, zero
+os.environ.setdefault("MALLOC_PERTURB_", "165")
+
 # one thread: sums come out the same on every machine, and two test processes share two cores
 torch.set_num_threads(1)
 
