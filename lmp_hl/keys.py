@@ -36,7 +36,15 @@ FORCE_ENTROPY: Final = (
 )
 FORCE_STD: Final = "force_std"  # (num_owned,) eV/Å, calibrated error of one force component
 DISTANCE: Final = "distance"  # (num_owned,) dimensionless, feature distance / validation median
-MEMBERS: Final = "members"  # reserved: (num_owned, num_members) eV, coherent samples of the energy
+ENSEMBLE_FORCE_STD: Final = (
+    "ensemble_force_std"  # (num_owned,) float64, eV/Å, calibrated disagreement of a force component
+)
+ENSEMBLE_ENERGY_STD: Final = (
+    "ensemble_energy_std"  # (num_owned,) float64, eV, disagreement of the per-atom energies
+)
+
+# of an ensemble only: coherent samples of the whole potential, each with the elements' references
+MEMBERS: Final = "members"  # (num_owned, num_members) float64, eV, per-atom energies of the members
 
 FIELD_UNITS: Final = {
     ENERGY: "eV",
@@ -45,4 +53,6 @@ FIELD_UNITS: Final = {
     FORCE_ENTROPY: "nat",
     FORCE_STD: "eV/Angstrom",
     DISTANCE: "1",
+    ENSEMBLE_FORCE_STD: "eV/Angstrom",
+    ENSEMBLE_ENERGY_STD: "eV",
 }

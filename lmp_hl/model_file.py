@@ -17,7 +17,7 @@ from torch import Tensor
 from . import stages
 from .runtime import BUILD_RECORD, TORCHSCRIPT_RECORD, Build, CompiledStages
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class Model:
@@ -66,7 +66,7 @@ class Model:
         moved = {k: v if k in on_host else v.to(self.device) for k, v in inputs.items()}
         outputs: dict[str, Tensor]
         if self.compiled is not None:
-            outputs = stages.evaluate(self.compiled, moved, self.fields, with_fields)
+            outputs = stages.evaluate(self.compiled, moved, with_fields)
         else:
             outputs = self.module(moved, with_fields, False)
         return {k: v.detach().cpu() for k, v in outputs.items()}
@@ -88,7 +88,7 @@ def load(path: str | Path, device: str = "cpu") -> Model:
     model = _read(Path(path), device)
     if model.build is not None:
         model.build.check(path, device)
-        model.compiled = CompiledStages(path, model.num_layers, device)
+        model.compiled = CompiledStages(path, model.module, device)
     self_test(model)
     return model
 

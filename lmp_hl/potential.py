@@ -134,13 +134,14 @@ def edge_forces(edge_index: Tensor, edge_gradients: Tensor, num_nodes: int) -> T
 
     Args:
         edge_index: (2, num_edges).
-        edge_gradients: (num_edges, 3), eV/Å, dE/d(r_j - r_i).
+        edge_gradients: (num_edges, 3), eV/Å, dE/d(r_j - r_i); or those of several energies side by
+            side.
         num_nodes: how many nodes.
 
     Returns:
-        (num_nodes, 3), eV/Å.
+        (num_nodes, 3), or as wide as the gradients, eV/Å.
     """
-    zeros = edge_gradients.new_zeros((num_nodes, 3))
+    zeros = edge_gradients.new_zeros((num_nodes, edge_gradients.shape[1]))
     return zeros.index_add(0, edge_index[0], edge_gradients).index_add(
         0, edge_index[1], -edge_gradients
     )

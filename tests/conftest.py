@@ -14,6 +14,7 @@ from ase.data import atomic_numbers, covalent_radii
 from lammps_cases import crystal
 
 from lmp_hl import keys
+from lmp_hl.ensemble import Ensemble
 from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
 from lmp_hl.nn.backbone import fit_scales
@@ -124,13 +125,13 @@ def make_potential(
 FIELDS = make_potential().field_names()  # of a recommended potential
 
 
-def calibrated(preset, dtype="float64"):
+def calibrated(preset, dtype="float64", seed=0):
     """A random potential whose uncertainty is fitted to features of a crystal, so that it varies.
 
     Otherwise features far from those expected drive every histogram to its widest shape, and
     fields that are all alike agree whatever the code does.
     """
-    potential = copy.deepcopy(make_potential(preset, num_elements=2, dtype=dtype))
+    potential = copy.deepcopy(make_potential(preset, num_elements=2, dtype=dtype, seed=seed))
     backbone, scales = potential.backbone, potential.methods["scales"]
     distance, force = scales.distance, scales.force_distribution
     layers = 1 + len(backbone.message_layers)
@@ -150,6 +151,14 @@ def calibrated(preset, dtype="float64"):
         force.feature_std.copy_(std)
         force.tensor_rms.copy_(features.tensors[4:9].pow(2).mean().sqrt())
     return potential
+
+
+def calibrated_ensemble(preset, dtype="float64"):
+    """Three potentials of different seeds as one, with numbers as a calibration might find."""
+    ensemble = Ensemble([calibrated(preset, dtype, seed) for seed in range(3)])
+    ensemble.energy_means.add_(torch.tensor([[0.1, -0.2], [0.0, 0.3], [-0.4, 0.0]]))
+    ensemble.force_factor.fill_(1.7)
+    return ensemble.requires_grad_(False).eval()
 
 
 def make_card(head="hlgauss"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ase import Atoms as AseAtoms
 from ase.stress import voigt_6_to_full_3x3_stress
-from conftest import ELEMENTS, calibrated, make_card
+from conftest import ELEMENTS, calibrated, calibrated_ensemble, make_card
 from lammps_cases import Atoms, cluster, crystal, read_dump, run_lammps
 
 from lmp_hl import keys
@@ -23,6 +23,7 @@ from lmp_hl.h5md import open_trajectory
 
 SYMBOLS = np.array(ELEMENTS[:2])
 FIELDS = [keys.ENERGY, *conftest.FIELDS]
+DISAGREEMENT = [keys.ENSEMBLE_ENERGY_STD, keys.ENSEMBLE_FORCE_STD]
 BAR_PER_EV_A3 = 1.6021765e6  # the rounded number that LAMMPS itself uses in units metal
 
 # Both evaluate the same network, in float64 on edges in another order: sums of some hundred terms
@@ -56,7 +57,16 @@ MODELS = {
     "local": calibrated("local"),
     "mp": calibrated("mp"),
     "float32": calibrated("mp", "float32"),
+    "ensemble_local": calibrated_ensemble("local"),
+    "ensemble_mp": calibrated_ensemble("mp"),
 }
+STRICTLY_LOCAL = ("local", "ensemble_local")
+
+
+def fields_of(model):
+    return FIELDS + DISAGREEMENT * model.startswith("ensemble")
+
+
 EVERYWHERE = ("periodic", "triclinic", "small_cell")  # the other kinds of box: once each
 # ways to run a model that must not change its results: kind of file, options
 WAYS = {
@@ -86,8 +96,14 @@ CASES += [
     ("mp", n, "compiled") for n in ("large", "small_cell", "shrink_wrapped", "isolated_periodic")
 ]
 CASES += [("mp", "large", way) for way in ("compiled_extended", "compiled_portions")]
+CASES += [("ensemble_local", name, "default") for name in ("triclinic", "cluster", "isolated")]
+CASES += [("ensemble_mp", n, "default") for n in ("large", "small_cell", "shrink_wrapped")]
+CASES += [("ensemble_mp", "large", way) for way in ("extended", "device", "portions")]
+CASES += [("ensemble_local", "large", way) for way in ("device", "portions")]
 RANKS = (1, 2, 4)
 MORE_RANKS = [("local", "triclinic", "default"), ("mp", "shrink_wrapped", "default")]
+MORE_RANKS += [("ensemble_local", "triclinic", "default")]
+MORE_RANKS += [("ensemble_mp", "large", way) for way in ("default", "extended")]
 MORE_RANKS += [("mp", "large", way) for way in ("default", "extended", "compiled")]
 
 # on a GPU: everything
@@ -132,9 +148,9 @@ def case(model, name, way, ranks):
         name=name,
         model=model,
         options=WAYS[way],
-        centroid="" if MODELS[model].backbone.message_layers else "centroid/",
+        centroid="centroid/" if model in STRICTLY_LOCAL else "",
         elements=" ".join(SYMBOLS),
-        fields=" ".join(FIELDS),
+        fields=" ".join(fields_of(model)),
         out=f"{model}.{name}.{way}.{ranks}",
         numbers=NUMBERS,
     )
@@ -220,12 +236,13 @@ def test_lammps_equals_python(folder, calculators, ranks, model, name, way):
     close(rows[:, 1:4], want["forces"], "forces")
     close(rows[:, 4], want["energies"], "energy of each atom")
     close(np.array(pressure) * volume / BAR_PER_EV_A3, virial, "virial")
-    for column, field in enumerate(FIELDS, start=5):
+    fields = fields_of(model)
+    for column, field in enumerate(fields, start=5):
         close(rows[:, column], want["energies" if field == keys.ENERGY else field], field)
     shared, to_neighbor = atomic_virials(calculators[model].model, atoms)
-    stresses = -rows[:, 5 + len(FIELDS) :] / BAR_PER_EV_A3
+    stresses = -rows[:, 5 + len(fields) :] / BAR_PER_EV_A3
     close(stresses[:, :6], shared, "virial of each atom")
-    if model == "local":
+    if model in STRICTLY_LOCAL:
         close(stresses[:, 6:], to_neighbor, "centroid virial of each atom")
 
 
@@ -234,7 +251,7 @@ def test_results_compared_differ_from_atom_to_atom(calculators, model):
     atoms = SYSTEMS["triclinic"]
     results, virial = python_results(calculators[model], atoms)
     assert np.abs(results["forces"]).max() > 0.1 and np.abs(virial).min() > 0.01
-    for field in ("energies", *FIELDS[1:]):
+    for field in ("energies", *fields_of(model)[1:]):
         for element in (0, 1):
             values = results[field][atoms.species == element]
             assert values.std() > 0.01 * np.abs(values).mean() > 0, (field, element)
