@@ -183,6 +183,7 @@ def describe(path: str | Path) -> str:
         ("runtime", model.runtime),
         ("precision", f"{model.dtype} network, float64 energies"),
         ("units", f"{model.units} (eV, Å)"),
+        *([("ensemble", _ensemble(card["ensemble"]))] if "ensemble" in card else []),
         ("head", _head(card)),
         (
             "fields",
@@ -208,6 +209,18 @@ def describe(path: str | Path) -> str:
         ("versions", ", ".join(f"{k} {v}" for k, v in card["versions"].items())),
     ]
     return "\n".join(f"{name:<14} {text}" for name, text in lines)
+
+
+def _ensemble(about: dict[str, Any]) -> str:
+    text = f"{len(about['members'])} members, the first of which the lines below are about; "
+    if "calibration" not in about:
+        return text + "ensemble_force_std is not calibrated (export with --valid)"
+    found = about["calibration"]
+    return (
+        f"{text}ensemble_force_std is calibrated, times {found['force_factor']:.3g}, on "
+        f"{found['frames']} frames ({found['atoms']} atoms) of {found['file']}, of which is also "
+        f"the rank of error"
+    )
 
 
 def _head(card: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from lammps_cases import Atoms, cluster, crystal, read_dump, run_lammps
 from lmp_hl import keys
 from lmp_hl.analysis import validation_ranking
 from lmp_hl.calculator import HLCalculator
+from lmp_hl.compile import export_compiled
 from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
 from lmp_hl.h5md import open_trajectory
@@ -96,19 +97,26 @@ CASES += [
     ("mp", n, "compiled") for n in ("large", "small_cell", "shrink_wrapped", "isolated_periodic")
 ]
 CASES += [("mp", "large", way) for way in ("compiled_extended", "compiled_portions")]
-CASES += [("ensemble_local", name, "default") for name in ("triclinic", "cluster", "isolated")]
-CASES += [("ensemble_mp", n, "default") for n in ("large", "small_cell", "shrink_wrapped")]
-CASES += [("ensemble_mp", "large", way) for way in ("extended", "device", "portions")]
-CASES += [("ensemble_local", "large", way) for way in ("device", "portions")]
+CASES += [("ensemble_local", "triclinic", "default"), ("ensemble_mp", "large", "portions")]
+SLOW_CASES = [
+    ("ensemble_local", name, way)
+    for name in ("triclinic", "cluster", "isolated", "large")
+    for way in ("device", "portions", "compiled")
+]
+SLOW_CASES += [
+    ("ensemble_mp", name, way)
+    for name in ("large", "small_cell", "shrink_wrapped", "isolated_periodic")
+    for way in ("default", "extended", "device", "compiled", "compiled_extended")
+]
+SLOW_CASES += [("ensemble_mp", "large", "compiled_portions")]
 RANKS = (1, 2, 4)
 MORE_RANKS = [("local", "triclinic", "default"), ("mp", "shrink_wrapped", "default")]
-MORE_RANKS += [("ensemble_local", "triclinic", "default")]
-MORE_RANKS += [("ensemble_mp", "large", way) for way in ("default", "extended")]
+MORE_RANKS += [("ensemble_mp", "large", "portions")]
 MORE_RANKS += [("mp", "large", way) for way in ("default", "extended", "compiled")]
 
 # on a GPU: everything
 GPU_CASES = [(model, name, "cuda") for model, name, way in CASES if way == "default"]
-GPU_CASES += [(model, "large", "cuda_host") for model in ("local", "mp")]
+GPU_CASES += [(model, "large", "cuda_host") for model in ("local", "mp", "ensemble_mp")]
 
 
 def cases_of(num_ranks):
@@ -176,9 +184,11 @@ def calculators(folder):
 
 
 @functools.cache
-def run_cases(folder, num_ranks):
+def run_cases(folder, num_ranks, slow=False):
     """Runs every case in one LAMMPS process on this many ranks."""
     cases = cases_of(num_ranks) + GPU_CASES * torch.cuda.is_available()
+    if slow:
+        cases = SLOW_CASES
     script = "".join(case(*one, num_ranks) for one in cases)
     result = run_lammps(script, folder, num_ranks)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
@@ -220,6 +230,26 @@ def atomic_virials(model, atoms):
 )
 def test_lammps_equals_python(folder, calculators, ranks, model, name, way):
     run_cases(folder, ranks)
+    compare(folder, calculators, ranks, model, name, way)
+
+
+@pytest.fixture(scope="module")
+def compiled_ensembles(folder):
+    """The ensembles as hl.pt2, in the folder."""
+    for name in ("ensemble_local", "ensemble_mp"):
+        export_compiled(MODELS[name], SYMBOLS, make_card(), folder / f"{name}.pt2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", RANKS)
+def test_ensembles_in_lammps_equal_python(folder, calculators, compiled_ensembles, ranks):
+    run_cases(folder, ranks, slow=True)
+    for case_ in SLOW_CASES:
+        compare(folder, calculators, ranks, *case_)
+
+
+def compare(folder, calculators, ranks, model, name, way):
+    """Every number of a case that was run."""
     atoms = SYSTEMS[name]
     want, virial = python_results(calculators[model], atoms)
     rows = read_dump(folder / f"{model}.{name}.{way}.{ranks}.dump")

@@ -265,12 +265,11 @@ def test_full_disk_while_compiling_names_the_folder(error, monkeypatch, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def write_checkpoint(path, dtype="float32", **model):
+def write_checkpoint(path, dtype="float32", seed=0, **model):
     """A checkpoint as training would leave it, with random weights."""
-    config = ModelConfig(
-        cutoff=CUTOFF, channels=3, num_radial=4, hidden=8, num_bins=32, dtype=dtype, **model
-    )
-    torch.manual_seed(0)
+    sizes = {"cutoff": CUTOFF, "channels": 3, "num_radial": 4, "hidden": 8, "num_bins": 32}
+    config = ModelConfig(**{**sizes, "dtype": dtype, **model})
+    torch.manual_seed(seed)
     potential = build_potential(config, 2)
     potential.reference_energies.copy_(torch.tensor([-1e5 - 1e-4, 7.0], dtype=torch.float64))
     content = {

@@ -7,12 +7,15 @@ import torch
 from scipy.stats import spearmanr
 
 from lmp_hl import keys
+from lmp_hl.ensemble import Ensemble
 from lmp_hl.nn.backbone import Features
 from lmp_hl.nn.heads import AtomicEnergy
 from lmp_hl.potential import Potential, edge_forces
 from lmp_hl.uncertainty import Atoms
 
 from . import frames as fr
+
+MIN_FRAMES = 5  # to calibrate an ensemble on
 
 
 def calibrate(
@@ -74,9 +77,62 @@ def collect_atoms(potential: Potential, dataset: fr.GraphDataset) -> Atoms:
     )
 
 
+def calibrate_ensemble(ensemble: Ensemble, held: fr.GraphDataset) -> dict[str, Any]:
+    """Set in place what an ensemble learns from frames that no member was trained on.
+
+    The members' mean energies of an atom of each element, and the factor of ensemble_force_std,
+    which makes its mean square that of the errors of a force component.
+
+    Args:
+        ensemble: of trained members.
+        held: at least MIN_FRAMES frames.
+
+    Returns:
+        For the card: factor, number of frames and atoms, force RMSE in eV/Å of the ensemble,
+        Spearman correlation of every field with the force error.
+
+    Raises:
+        ValueError: too few frames, or members that do not disagree on them.
+    """
+    if len(held) < MIN_FRAMES:
+        raise ValueError(f"wanted at least {MIN_FRAMES} frames to calibrate on, got {len(held)}")
+    working = copy.deepcopy(ensemble).cpu().eval().double()
+    outputs, species, errors = [], [], []
+    for graph in held:
+        inputs = {**graph, keys.EDGE_VECTORS: graph[keys.EDGE_VECTORS].double()}
+        outputs.append({k: v.detach() for k, v in working(inputs, True).items()})
+        gradients = outputs[-1].pop(keys.EDGE_GRADIENTS)
+        forces = edge_forces(graph[keys.EDGE_INDEX], gradients, int(graph[fr.NUM_ATOMS]))
+        species.append(graph[keys.SPECIES])
+        errors.append(graph[fr.TARGET_FORCES].double() - forces)
+        del outputs[-1][keys.ENERGY]
+    found = {name: torch.cat([of_one[name] for of_one in outputs]) for name in outputs[0]}
+    element, error = torch.cat(species), torch.cat(errors)
+
+    energies = found.pop(keys.MEMBERS)
+    std = found[keys.ENSEMBLE_FORCE_STD]
+    rmse = error.square().mean().sqrt()
+    if not std.max() > 1e-9 * rmse:
+        raise ValueError("the members of the ensemble do not disagree on the frames given")
+    factor = rmse / (std / working.force_factor).square().mean().sqrt()
+    ensemble.force_factor.copy_(factor)
+    for z in element.unique():
+        ensemble.energy_means[:, z] = energies[element == z].mean(0)
+    return {
+        "force_factor": float(factor),
+        "frames": len(held),
+        "atoms": len(element),
+        "force_rmse": float(rmse),
+        "ranking": _rank(found, error),
+    }
+
+
 @torch.no_grad()
 def _rank_fields(potential: Potential, held: Atoms) -> dict[str, float]:
     """Spearman correlation of every field with |dF| on the validation atoms, pooled."""
-    fields = potential.fields(held.features, held.energy, held.species)
-    size = held.errors.norm(dim=1).numpy()
+    return _rank(potential.fields(held.features, held.energy, held.species), held.errors)
+
+
+def _rank(fields: dict[str, torch.Tensor], errors: torch.Tensor) -> dict[str, float]:
+    size = errors.norm(dim=1).numpy()
     return {name: float(spearmanr(value.numpy(), size).statistic) for name, value in fields.items()}
