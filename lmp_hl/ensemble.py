@@ -48,8 +48,6 @@ class Ensemble(nn.Module):
         _check_alike(members)
         self.members = nn.ModuleList(members)
         self.num_members = len(members)
-        others = [set(member.field_names()) for member in members[1:]]
-        self.shared = [f for f in members[0].field_names() if all(f in names for names in others)]
         # without frames at hand, the energy of an atom that the backbone adds nothing to
         means = torch.stack([member.reference_energies for member in members])
         self.register_buffer("energy_means", means)  # (num_members, num_elements) float64, eV
@@ -63,7 +61,9 @@ class Ensemble(nn.Module):
     @torch.jit.unused
     def field_names(self) -> list[str]:
         """Names of what `fields` returns."""
-        return self.shared + [keys.ENSEMBLE_ENERGY_STD] * (self.num_members > 1)
+        first, *others = [potential.field_names() for potential in self.potentials()]
+        shared = [name for name in first if all(name in names for names in others)]
+        return shared + [keys.ENSEMBLE_ENERGY_STD] * (self.num_members > 1)
 
     @torch.jit.unused
     def node_field_names(self) -> list[str]:
@@ -81,8 +81,13 @@ class Ensemble(nn.Module):
             species: (num_atoms,).
         """
         out: dict[str, Tensor] = {}
-        for name in self.shared:
-            out[name] = torch.stack([of_one[name] for of_one in of_members]).mean(0)
+        for name in of_members[0]:
+            values: list[Tensor] = []
+            for of_one in of_members:
+                if name in of_one:
+                    values.append(of_one[name])
+            if len(values) == self.num_members:
+                out[name] = torch.stack(values).mean(0)
         if self.num_members > 1:
             e = energies - self.energy_means.index_select(1, species).t()
             out[keys.ENSEMBLE_ENERGY_STD] = _std(e.unsqueeze(2))
@@ -108,8 +113,8 @@ class Ensemble(nn.Module):
         found: list[dict[str, Tensor]] = []
         for member in self.members:
             found.append(member(inputs, with_fields, keep_graph))
-        energies = torch.stack([of_one[keys.ENERGY] for of_one in found], 1)
-        gradients = torch.cat([of_one[keys.EDGE_GRADIENTS] for of_one in found], 1)
+        energies = torch.stack([of_one.pop(keys.ENERGY) for of_one in found], 1)
+        gradients = torch.cat([of_one.pop(keys.EDGE_GRADIENTS) for of_one in found], 1)
         out = combine(energies, gradients)
         if with_fields:
             num_owned = energies.shape[0]

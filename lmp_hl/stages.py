@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from . import keys
 from .ensemble import Ensemble, combine
-from .nn.backbone import Features
 from .potential import edge_forces
 
 
@@ -115,15 +114,15 @@ class Stages(nn.Module):
             found.append(_gradients(head.energy.sum(), None, mine[3 if t == 0 else 2 :]))
             energies.append(member.total_energy(head, mine[0]).detach())
             if with_fields:
-                frozen = Features(features.scalars.detach(), features.tensors.detach())
-                fields.append(member.fields(frozen, head, mine[0]))
+                with torch.no_grad():
+                    fields.append(member.fields(features, head, mine[0]))
         out = [torch.stack(energies, 1)]
         out += _side_by_side(found)
         if with_fields:
             merged = self.ensemble.fields(fields, out[0], inputs[0])
             merged[keys.ENERGY] = out[0].mean(1)
             for name in self.fields:
-                out.append(merged[name].detach())
+                out.append(merged[name])
         return out
 
     @torch.jit.export

@@ -214,9 +214,7 @@ public:
       const std::string key = item.key();
       const auto field = std::find(about.fields.begin(), about.fields.end(), key);
       Tensor found;
-      if (key == "members")
-        found = outputs.energies;
-      else if (key == "energy")
+      if (key == "energy")
         found = outputs.energies.mean(1);
       else if (key == "edge_gradients")
         found = of_mean(outputs.gradients);
