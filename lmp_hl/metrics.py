@@ -159,7 +159,7 @@ def auroc(
         held_out_weights: (num_held_out,).
 
     Returns:
-        Dimensionless in [0, 1]; 0.5 tells nothing.
+        Dimensionless in [0, 1]; 0.5 tells nothing; nan where the weights leave a set empty.
     """
     low, high = _samples("seen", seen), _samples("held_out", held_out)
     if not low.size or not high.size:
@@ -168,7 +168,8 @@ def auroc(
     num = int(codes.max()) + 1
     below = np.bincount(codes[: low.size], _weights(seen_weights, low), num)
     here = np.bincount(codes[low.size :], _weights(held_out_weights, high), num)
-    return float(here @ (np.cumsum(below) - below / 2) / (below.sum() * here.sum()))
+    pairs = below.sum() * here.sum()
+    return float(here @ (np.cumsum(below) - below / 2) / pairs) if pairs > 0 else float("nan")
 
 
 class RiskCoverage:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 import lmp_hl
 from lmp_hl import cli, evaluate, keys
+from lmp_hl.report import with_constants
 
 CUTOFF = 5.0
 
@@ -167,8 +168,57 @@ def test_force_std_ranks_and_its_monotone_control_ranks_alike(report):
 def test_controls_take_the_sign_that_favours_them(report):
     for ranking in report["ranking"].values():
         for scores in ranking.values():
-            assert all(scores[c]["value"] >= 0 for c in evaluate.CONTROLS)
+            assert all(scores[c]["value"] >= 0 for c in report["controls"])
     assert report["ranking"]["held out"]["pooled"]["coordination"]["sign"] == -1
+
+
+def test_a_size_that_is_right_near_and_far_grows_as_the_error_does(report):
+    # sizes of 1000 components on either side: relative error of the ratio below 5 %, three times
+    assert report["growth"]["force_std"]["value"] == pytest.approx(1, abs=0.15)
+    held_out, seen = (report["sets"][n]["forces_rmse_meV_per_Angstrom"] for n in report["sets"])
+    # a constant does not grow at all
+    expected = seen["value"] / held_out["value"]
+    assert report["growth"]["element_error"]["value"] == pytest.approx(expected)
+    for numbers in report["sets"].values():
+        right, constant = (numbers["calibration"][n] for n in ("force_std", "element_error"))
+        assert right["reliability_slope"]["value"] == pytest.approx(1, abs=0.25)
+        assert right["miscalibration_area"]["value"] < 0.05
+        for score in ("gaussian_nll_nats", "energy_score_meV_per_Angstrom"):
+            assert right[score]["value"] < constant[score]["value"]
+        assert set(evaluate.CALIBRATION) <= set(right)
+
+
+def test_large_errors_and_frames_are_found_and_every_score_is_explained(report):
+    ranking = report["ranking"]["held out"]
+    assert ranking["large_error"]["force_std"]["value"] > 0.6
+    assert 0.2 < ranking["risk_coverage"]["force_std"]["value"] < 1
+    assert ranking["risk_coverage"]["distance"]["value"] == pytest.approx(0, abs=1e-12)
+    assert {*evaluate.CALIBRATION, "growth", *ranking, "auroc_mean"} <= set(evaluate.MEANINGS)
+    assert set(report["best_field"]) == {*ranking, "auroc_mean", "auroc_max"}
+
+
+def test_constants_of_elements_and_sites_come_from_the_seen_frames():
+    def predictions(errors, numbers):
+        forces = np.asarray(errors, dtype=float)[..., None].repeat(3, axis=-1).reshape(-1, 3)
+        num_frames, num_atoms = np.shape(errors)
+        one = np.ones(num_frames)
+        return evaluate.Predictions(
+            np.full(num_frames, num_atoms), np.full(num_frames, "(none)"), one, one,
+            np.full((num_frames, 3, 3), np.nan), np.full((num_frames, 3, 3), np.nan),
+            np.repeat(np.arange(num_frames), num_atoms), np.tile(numbers, num_frames),
+            np.zeros_like(forces), forces, {}, {}, {},
+        )  # fmt: skip
+
+    seen = predictions([[1, 2, 3], [1, 4, 3]], [1, 1, 6])
+    far = predictions([[9, 9, 9], [8, 8, 8]], [1, 1, 6])
+    controls = with_constants(far, seen).controls
+    hydrogen = np.sqrt((1 + 4 + 1 + 16) / 4)
+    np.testing.assert_allclose(controls["element_error"], [hydrogen, hydrogen, 3] * 2)
+    np.testing.assert_allclose(controls["site_error"], [1, np.sqrt(10), 3] * 2)
+    # an element that was never seen gets the error of all atoms; other molecules have other sites
+    other = with_constants(predictions([[9, 9, 9], [9, 9, 9]], [1, 6, 8]), seen).controls
+    assert other["element_error"][2] == pytest.approx(np.sqrt((1 + 4 + 9 + 1 + 16 + 9) / 6))
+    assert "site_error" not in other
 
 
 def test_stretched_frames_separate_from_seen_ones(report):
