@@ -265,6 +265,15 @@ def _print_calibration(numbers: Mapping[str, Any], console: Any) -> None:
                 *(f"{growth[c]['value']:.3g}" for c in constants), MEANINGS["growth"],
             )  # fmt: skip
         console.print(made)
+    for name, s in sets.items():
+        for field, share in s["bound_coverage"].items():
+            console.print(f"  {field} holds for {_cell(share, '.3f')} of the atoms ({name})")
+        for field, size in s["energy_calibration"].items():
+            console.print(
+                f"  {field}: frames' energies, predicted/true {_cell(size['size_ratio'], '.2f')}"
+                + (f", rank {_cell(size['spearman'], '.2f')}" if "spearman" in size else "")
+                + f" ({name})"
+            )
 
 
 def _print_scores(

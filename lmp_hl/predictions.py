@@ -117,8 +117,21 @@ class Predictions:
 
     @property
     def sizes(self) -> list[str]:
-        """Fields that claim the size of a force error: those in eV/Å."""
-        return [n for n in self.fields if self.field_units[n] == "eV/Angstrom"]
+        """Fields that claim the size of a force component's error."""
+        return self._ending("std", "eV/Angstrom")
+
+    @property
+    def bounds(self) -> list[str]:
+        """Fields that claim to lie above the force error."""
+        return self._ending("bound", "eV/Angstrom")
+
+    @property
+    def energy_sizes(self) -> list[str]:
+        """Fields that claim the size of an atom's energy error, as if atoms were independent."""
+        return self._ending("std", "eV")
+
+    def _ending(self, end: str, unit: str) -> list[str]:
+        return [n for n in self.fields if n.endswith(end) and self.field_units[n] == unit]
 
     @property
     def kinds(self) -> NDArray[np.str_]:

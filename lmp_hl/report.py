@@ -124,6 +124,20 @@ def _calibration(p: Predictions, std: Array, resampling: _Resampling) -> dict[st
     }
 
 
+def _energy_calibration(p: Predictions, name: str, resampling: _Resampling) -> dict[str, Any]:
+    """Of the frames' energies, whose variance is the sum over the atoms: size, rank of |ΔE|."""
+    std = np.sqrt(p.per_frame(p.fields[name] ** 2, "mean") * p.num_atoms)
+    error = p.energy - p.energy_true
+    found = {
+        "size_ratio": resampling.interval(lambda w: metrics.size_ratio(std, error, w), p.num_frames)
+    }
+    if p.num_frames > 1:
+        found["spearman"] = resampling.interval(
+            lambda w: metrics.spearman(std, np.abs(error), w), p.num_frames
+        )
+    return found
+
+
 def _growth(
     data: Predictions, seen: Predictions, names: Sequence[str], resampling: _Resampling
 ) -> dict[str, Any]:
@@ -306,7 +320,8 @@ def report(
         seed: of the draws.
 
     Returns:
-        "sets": name -> errors, and "calibration" of every field and constant control in eV/Å;
+        "sets": name -> errors; "calibration" of every size and constant control in eV/Å;
+        "bound_coverage", the share of errors below each bound; "energy_calibration" of frames;
         "growth" (with `seen`): the same -> MEANINGS; "ranking": name -> kind of MEANINGS -> signal
         -> score; "separation" (with `seen`): frame mean or max -> signal -> AUROC of held-out
         against seen, and "separation_by_error", the same of the true force error; "best_field":
@@ -329,6 +344,16 @@ def report(
             **_accuracy(p, resampling),
             "calibration": {
                 n: _calibration(p, p.signals[n], resampling) for n in sizes if n in p.signals
+            },
+            "bound_coverage": {
+                n: resampling.interval(
+                    lambda w, p=p, n=n: np.average(p.error <= p.fields[n], weights=w[p.frame]),
+                    p.num_frames,
+                )
+                for n in p.bounds
+            },
+            "energy_calibration": {
+                n: _energy_calibration(p, n, resampling) for n in p.energy_sizes
             },
             "by_element": _parts(p, p.numbers, elements),
             "by_config_type": _parts(p, p.kinds, kinds),

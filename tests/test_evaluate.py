@@ -13,6 +13,7 @@ from ase.build import bulk
 from ase.calculators.lj import LennardJones
 from ase.io import write
 from rich.console import Console
+from scipy.stats import chi2
 
 import lmp_hl
 from lmp_hl import cli, evaluate, keys
@@ -29,8 +30,12 @@ class PairModel:
     cutoff: float = CUTOFF
     num_layers: int = 1
     dtype: str = "float64"
-    fields: list = field(default_factory=lambda: ["energy", "force_std", "distance"])
-    field_units: list = field(default_factory=lambda: ["eV", "eV/Angstrom", "1"])
+    fields: list = field(
+        default_factory=lambda: ["energy", "force_std", "distance", "force_bound", "energy_std"]
+    )
+    field_units: list = field(
+        default_factory=lambda: ["eV", "eV/Angstrom", "1", "eV/Angstrom", "eV"]
+    )
 
     def evaluate(self, inputs, with_fields):
         vectors = inputs[keys.EDGE_VECTORS].clone().requires_grad_(True)
@@ -52,6 +57,8 @@ class PairModel:
             keys.EDGE_GRADIENTS: gradients,
             keys.FORCE_STD: std,
             keys.DISTANCE: torch.ones_like(std),
+            "force_bound": 1.5 * std,
+            "energy_std": torch.full_like(std, 0.002),
         }
 
 
@@ -197,6 +204,17 @@ def test_large_errors_and_frames_are_found_and_every_score_is_explained(report):
     assert set(report["best_field"]) == {*ranking, "auroc_mean", "auroc_max"}
 
 
+def test_bounds_and_energy_sizes_are_held_against_what_they_claim(report):
+    for numbers in report["sets"].values():
+        # chi² of 3 components below 3 · 1.5² with probability 0.92, 320 atoms at least: ±4 sigma
+        covered = numbers["bound_coverage"]["force_bound"]["value"]
+        assert covered == pytest.approx(chi2.cdf(3 * 1.5**2, 3), abs=0.06)
+        assert "force_bound" not in numbers["calibration"]
+        # 2 meV per atom, right for one atom, is sqrt(32) of the true 2 meV per atom of all
+        energy = numbers["energy_calibration"]["energy_std"]["size_ratio"]["value"]
+        assert energy == pytest.approx(1 / np.sqrt(32))
+
+
 def test_constants_of_elements_and_sites_come_from_the_seen_frames():
     def predictions(errors, numbers):
         forces = np.asarray(errors, dtype=float)[..., None].repeat(3, axis=-1).reshape(-1, 3)
@@ -277,7 +295,9 @@ def test_csv_has_one_line_per_atom(sets, tmp_path):
 def test_figures_are_written(sets, report, tmp_path):
     paths = evaluate.write_figures(tmp_path / "f", {"held out": sets[0], "seen": sets[1]}, report)
     assert [p.name for p in paths] == [
-        "parity.png", "error_force_std.png", "error_distance.png", "rankings.png"
+        "parity.png",
+        *(f"error_{n}.png" for n in ("force_std", "distance", "force_bound", "energy_std")),
+        "rankings.png",
     ]  # fmt: skip
     assert all(p.stat().st_size > 10_000 for p in paths)
 
@@ -307,7 +327,7 @@ def test_run_reads_files_and_writes_what_was_asked_for(monkeypatch, tmp_path, ca
     assert numbers["files"] == {"held out": files["held_out"], "seen": files["seen"]}
     assert numbers["sets"]["seen"]["energy_rmse_meV_per_atom"]["value"] == pytest.approx(2.0)
     assert len(outputs["csv"].read_text().splitlines()) == 1 + 6 * 32
-    assert len(list(outputs["figures"].iterdir())) == 4
+    assert len(list(outputs["figures"].iterdir())) == 6
 
 
 def test_no_frames_and_broken_fields_are_refused():
