@@ -62,10 +62,43 @@ def silicon(folder: Path) -> Split:
     }
 
 
+def alloys(folder: Path) -> Split:
+    """Nb, Mo, Ta, W: train on the elements (every fourth frame); OOD: test frames of binaries."""
+    elements = ("Nb", "Mo", "Ta", "W")
+
+    def pure(frames: list[Atoms], wanted: bool) -> list[Atoms]:
+        return [a for a in frames if (a.info["config_type"].split("_")[0] in elements) == wanted]
+
+    test = _read(folder / "test_elem_binary.xyz")
+    return {
+        **_validation(pure(_read(folder / "train_no_multinary.xyz"), True)[::4]),
+        "id": pure(test, True),
+        "ood": pure(test, False),
+    }
+
+
+def acetylacetone(folder: Path) -> Split:
+    """Train and test at 300 K."""
+    return {
+        **_validation(_read(folder / "train_300K.xyz")),
+        "id": _read(folder / "test_MD_300K.xyz"),
+        "isolated": _read(folder / "isolated_atoms.xyz"),
+    }
+
+
+def water(folder: Path) -> Split:
+    """Train on every fourth frame; ID: the validation file, which follows training in time."""
+    frames = _read(folder / "train.xyz")
+    return {**_validation(frames[::4]), "id": _read(folder / "valid.xyz")}
+
+
 # name -> folder below the one given by --data, split
 DATASETS: Final[dict[str, tuple[str, Callable[[Path], Split]]]] = {
     "3bpa": ("3bpa", threebpa),
     "si": ("mlearn/Si", silicon),
+    "nbmotaw": ("nbmotaw", alloys),
+    "acac": ("acac", acetylacetone),
+    "water": ("water", water),
 }
 
 
