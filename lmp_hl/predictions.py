@@ -158,9 +158,12 @@ class Predictions:
     def per_frame(self, values: Array, how: str) -> Array:
         """Mean or largest value of each frame's atoms, (num_frames,)."""
         starts = np.concatenate([[0], np.cumsum(self.num_atoms)[:-1]])
+        high = np.maximum.reduceat(values, starts)
         if how == "max":
-            return np.asarray(np.maximum.reduceat(values, starts))
-        return np.asarray(np.add.reduceat(values, starts) / self.num_atoms)
+            return np.asarray(high)
+        mean = np.add.reduceat(values, starts) / self.num_atoms
+        # the mean of equal values is that value: rounding may not rank frames
+        return np.clip(mean, np.minimum.reduceat(values, starts), high)
 
 
 # prediction -------------------------------------------------------------------------------------

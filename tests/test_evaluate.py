@@ -4,7 +4,7 @@ import csv
 import json
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -256,6 +256,8 @@ def test_per_frame_mean_and_max(sets):
     flat = values.ravel()
     np.testing.assert_allclose(sets[0].per_frame(flat, "mean"), values.mean(1))
     np.testing.assert_allclose(sets[0].per_frame(flat, "max"), values.max(1))
+    p = replace(sets[0], num_atoms=np.array([3, 7, 310]))
+    assert len(np.unique(p.per_frame(np.full(320, 0.1), "mean"))) == 1
 
 
 def test_coordination_counts_the_first_shell():
