@@ -317,7 +317,7 @@ def _reliability_figure(groups: Mapping[str, Sequence[Result]], path: Path) -> P
     rows = math.ceil(len(shown) / columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(2.6 * columns + 0.6, 2.6 * rows + 0.3), layout="constrained",
-        sharex=True, sharey=True, squeeze=False,
+        squeeze=False,
     )  # fmt: skip
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
@@ -330,10 +330,10 @@ def _reliability_figure(groups: Mapping[str, Sequence[Result]], path: Path) -> P
                 1e3 * np.array(curve[f"{end}_eV_per_Angstrom"]) for end in ("predicted", "observed")
             )
             ax.plot(x, y, "o-", color=COLORS[which], ms=4, lw=1.2, label=which)
-            everything += [*x, *y]
+            everything += [*x, *np.maximum(y, x.min() / 3)]  # by symmetry some have no error
         ends = [min(everything) / 1.3, max(everything) * 1.3]
         ax.plot(ends, ends, color=MUTED, lw=0.8, zorder=0)
-        ax.set(xscale="log", yscale="log", title=name)
+        ax.set(xscale="log", yscale="log", title=name, xlim=ends, ylim=ends)
         ax.text(0.04, 0.94, field, transform=ax.transAxes, fontsize=7.5, color=MUTED, va="top")
     axes.flat[0].legend(loc="lower right")
     figure.supxlabel("predicted error of a force component (meV/Å)", fontsize=9.5)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import erf
-from scipy.stats import norm
+from scipy.stats import norm, theilslopes
 
 Array = NDArray[np.float64]
 
@@ -333,16 +333,17 @@ class Reliability:
 
     @property
     def slope(self) -> float:
-        """Slope of log observed over log predicted, least squares; 1 is right.
+        """Slope of log observed over log predicted, the median over pairs of bins; 1 is right.
 
-        Below 1 the predicted sizes differ more than the true ones. nan where all predictions are
-        the same or a bin has no error.
+        Below 1 the predicted sizes differ more than the true ones. The median (Theil & Sen) and not
+        least squares, because atoms whose force vanishes by symmetry have no error: a bin of those
+        would decide. nan where all predictions are the same.
         """
-        if len(self.predicted) < 2 or not (self.observed > 0).all():
+        used = self.observed > 0
+        x, y = np.log(self.predicted[used]), np.log(self.observed[used])
+        if len(x) < 2 or x.max() - x.min() < 1e-6:
             return float("nan")
-        x, y = np.log(self.predicted), np.log(self.observed)
-        x = x - x.mean()
-        return float(x @ y / (x @ x)) if x @ x > 1e-12 else float("nan")
+        return float(theilslopes(y, x).slope)
 
     @property
     def ence(self) -> float:

@@ -128,6 +128,10 @@ def test_reliability_slope_and_ence_of_known_gaussians():
     assert metrics.reliability_curve(std / 2, errors).ence == pytest.approx(1, abs=0.05)
     assert np.isnan(metrics.reliability_curve(np.ones(9), np.ones(9)).slope)
     assert np.isnan(metrics.reliability_curve([1.0, 2.0], [0.0, 1.0]).slope)
+    # one atom in twelve without any error, all of them thought to be small
+    still = np.concatenate([errors, np.zeros(3600)])
+    curve = metrics.reliability_curve(np.concatenate([std, np.full(3600, 1e-3)]), still)
+    assert curve.slope == pytest.approx(1, abs=0.03)
 
 
 def test_a_weighted_reliability_curve_is_that_of_repeated_samples():
