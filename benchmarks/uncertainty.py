@@ -171,15 +171,18 @@ class Network:
 
 def load_network(config: TrainConfig, methods: tuple[str, ...]) -> Network:
     """The trained network with `methods` fitted anew; () leaves it as it was trained."""
-    trained, elements, card = load_checkpoint(config.output_dir / "model.ckpt")
+    checkpoint = config.output_dir / "model.ckpt"
     if not methods:
-        model = Eager(trained, elements, config.model)
-        return Network(config, model, card["calibration"], 0.0)
+        trained, elements, card = load_checkpoint(checkpoint)
+        return Network(config, Eager(trained, elements, config.model), card["calibration"], 0.0)
+    # only the network: the uncertainty it was trained with may have changed since
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    elements = content["elements"]
     settings = replace(config.model, uncertainty=methods)
     potential = build_potential(settings, len(elements))
-    state = {k: v for k, v in trained.state_dict().items() if not k.startswith("methods.")}
-    unfitted = {k: v for k, v in potential.state_dict().items() if k.startswith("methods.")}
-    potential.load_state_dict({**state, **unfitted})
+    fresh = {k: v for k, v in potential.state_dict().items() if k.startswith("methods.")}
+    network = {k: v for k, v in content["state"].items() if not k.startswith("methods.")}
+    potential.load_state_dict({**network, **fresh})
     potential.methods.requires_grad_(False)
     splits = fr.load_splits(config.data, config.seed)
     baseline = baseline_energies(splits)
