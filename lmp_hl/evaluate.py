@@ -16,7 +16,7 @@ from ase.data import chemical_symbols
 
 from lmp_hl.metrics import Interval
 from lmp_hl.predictions import CONTROLS, Predictions, coordination, predict, read
-from lmp_hl.report import MEANINGS, report
+from lmp_hl.report import EXTRAPOLATING, MEANINGS, report
 
 __all__ = [
     "CONTROLS",
@@ -134,7 +134,7 @@ def write_figures(
             folder / "parity.png",
         )
     ]
-    for name in first.fields:
+    for name in (n for n in first.fields if n != EXTRAPOLATING):  # a flag is no axis
         paths.append(
             plots.uncertainty_error(
                 {n: (p.fields[name], p.error) for n, p in ordered.items()},
@@ -266,14 +266,16 @@ def _print_calibration(numbers: Mapping[str, Any], console: Any) -> None:
             )  # fmt: skip
         console.print(made)
     for name, s in sets.items():
-        for field, share in s["bound_coverage"].items():
-            console.print(f"  {field} holds for {_cell(share, '.3f')} of the atoms ({name})")
+        stated = numbers.get("coverage")
+        promise = (
+            f" (promised for frames like the validation frames: {stated:.0%})" if stated else ""
+        )
+        for kept, share in s["promises"].items():
+            console.print(f"  {name}: {kept.replace('_', ' ')}: {_cell(share, '.1%')}{promise}")
         for field, size in s["energy_calibration"].items():
-            console.print(
-                f"  {field}: frames' energies, predicted/true {_cell(size['size_ratio'], '.2f')}"
-                + (f", rank {_cell(size['spearman'], '.2f')}" if "spearman" in size else "")
-                + f" ({name})"
-            )
+            rank = f", rank {_cell(size['spearman'], '.2f')}" if "spearman" in size else ""
+            ratio = _cell(size["size_ratio"], ".2f")
+            console.print(f"  {name}: {field}, frames' energies: predicted/true {ratio}{rank}")
 
 
 def _print_scores(
@@ -327,7 +329,12 @@ def run(
     frames = {name: read(path, model.elements, **label_keys) for name, path in paths.items()}
     sets = {n: predict(model, f, str(paths[n]), progress) for n, f in frames.items()}
     numbers = report(next(iter(sets.values())), sets.get("seen"), num_resamples)
-    numbers = {"model": str(model_path), "files": {n: str(p) for n, p in paths.items()}, **numbers}
+    numbers = {
+        "model": str(model_path),
+        "files": {n: str(p) for n, p in paths.items()},
+        "coverage": model.card.get("conformal", {}).get("coverage"),
+        **numbers,
+    }
     print_report(numbers)
     if json_path is not None:
         write_json(json_path, numbers)

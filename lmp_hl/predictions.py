@@ -121,11 +121,6 @@ class Predictions:
         return self._ending("std", "eV/Angstrom")
 
     @property
-    def bounds(self) -> list[str]:
-        """Fields that claim to lie above the force error."""
-        return self._ending("bound", "eV/Angstrom")
-
-    @property
     def energy_sizes(self) -> list[str]:
         """Fields that claim the size of an atom's energy error, as if atoms were independent."""
         return self._ending("std", "eV")

@@ -19,6 +19,8 @@ from lmp_hl import metrics
 from lmp_hl.metrics import RankCorrelation, RiskCoverage
 from lmp_hl.predictions import CONTROLS, Array, Predictions
 
+FORCE_BOUND: Final = "force_bound"
+EXTRAPOLATING: Final = "extrapolating"
 LEVELS: Final = (0.5, 0.6827, 0.9, 0.95)
 # an error is large above what only one atom in ten of the seen frames has
 LARGE_ERROR: Final = 0.9
@@ -121,6 +123,21 @@ def _calibration(p: Predictions, std: Array, resampling: _Resampling) -> dict[st
             "observed_eV_per_Angstrom": curve.observed.tolist(),
             "count": curve.count.tolist(),
         },
+    }
+
+
+def _promises(p: Predictions, resampling: _Resampling) -> dict[str, Any]:
+    """How often force_bound and extrapolating keep what they promise for an atom of a frame."""
+    kept = {}
+    if FORCE_BOUND in p.fields:
+        kept["errors_within_force_bound"] = p.error <= p.fields[FORCE_BOUND]
+    if EXTRAPOLATING in p.fields:
+        kept["atoms_not_extrapolating"] = p.fields[EXTRAPOLATING] == 0
+    # as promised: every frame counts the same, however many atoms it has
+    shares = {n: p.per_frame(values.astype(np.float64), "mean") for n, values in kept.items()}
+    return {
+        name: resampling.interval(lambda w, x=share: float(w @ x / w.sum()), p.num_frames)
+        for name, share in shares.items()
     }
 
 
@@ -321,7 +338,7 @@ def report(
 
     Returns:
         "sets": name -> errors; "calibration" of every size and constant control in eV/Å;
-        "bound_coverage", the share of errors below each bound; "energy_calibration" of frames;
+        "promises" kept; "energy_calibration" of frames;
         "growth" (with `seen`): the same -> MEANINGS; "ranking": name -> kind of MEANINGS -> signal
         -> score; "separation" (with `seen`): frame mean or max -> signal -> AUROC of held-out
         against seen, and "separation_by_error", the same of the true force error; "best_field":
@@ -345,13 +362,7 @@ def report(
             "calibration": {
                 n: _calibration(p, p.signals[n], resampling) for n in sizes if n in p.signals
             },
-            "bound_coverage": {
-                n: resampling.interval(
-                    lambda w, p=p, n=n: np.average(p.error <= p.fields[n], weights=w[p.frame]),
-                    p.num_frames,
-                )
-                for n in p.bounds
-            },
+            "promises": _promises(p, resampling),
             "energy_calibration": {
                 n: _energy_calibration(p, n, resampling) for n in p.energy_sizes
             },

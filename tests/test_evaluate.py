@@ -30,6 +30,7 @@ class PairModel:
     cutoff: float = CUTOFF
     num_layers: int = 1
     dtype: str = "float64"
+    card: dict = field(default_factory=lambda: {"conformal": {"coverage": 0.9}})
     fields: list = field(
         default_factory=lambda: ["energy", "force_std", "distance", "force_bound", "energy_std"]
     )
@@ -207,7 +208,7 @@ def test_large_errors_and_frames_are_found_and_every_score_is_explained(report):
 def test_bounds_and_energy_sizes_are_held_against_what_they_claim(report):
     for numbers in report["sets"].values():
         # chi² of 3 components below 3 · 1.5² with probability 0.92, 320 atoms at least: ±4 sigma
-        covered = numbers["bound_coverage"]["force_bound"]["value"]
+        covered = numbers["promises"]["errors_within_force_bound"]["value"]
         assert covered == pytest.approx(chi2.cdf(3 * 1.5**2, 3), abs=0.06)
         assert "force_bound" not in numbers["calibration"]
         # 2 meV per atom, right for one atom, is sqrt(32) of the true 2 meV per atom of all
@@ -324,7 +325,9 @@ def test_run_reads_files_and_writes_what_was_asked_for(monkeypatch, tmp_path, ca
     outputs = {k: tmp_path / k for k in ("json", "csv", "figures")}
     words += [w for k, path in outputs.items() for w in (f"--{k}", str(path))]
     assert cli.main(words) == 0
-    assert "AUROC" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "AUROC" in printed and "errors within force bound" in printed
+    assert "promised for frames like the validation frames: 90%" in printed
     numbers = json.loads(outputs["json"].read_text())
     assert numbers["files"] == {"held out": files["held_out"], "seen": files["seen"]}
     assert numbers["sets"]["seen"]["energy_rmse_meV_per_atom"]["value"] == pytest.approx(2.0)
