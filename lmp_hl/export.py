@@ -111,6 +111,7 @@ def make_exported(
             "num_bins": head.num_bins,
             "bin_width": float(head.bin_width),
             "sigma": head.sigma_in_bins,
+            "target": head.target,
             "entropy_floor": head.entropy_floor(),
             "bins": "uniform, centred on the atom's anchor energy",
         }

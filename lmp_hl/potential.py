@@ -23,7 +23,7 @@ class Potential(nn.Module):
         num_layers: 1 local, more message passing.
         head: "hlgauss" or "scalar".
         channels, l_max, num_radial, num_scalars: see Backbone.
-        num_bins, sigma: of the energy histogram; sigma in bin widths.
+        num_bins, sigma, target: of the energy histogram; sigma in bin widths.
         methods: names of the uncertainty methods it carries, see lmp_hl.uncertainty.
     """
 
@@ -41,6 +41,7 @@ class Potential(nn.Module):
         num_scalars: int,
         num_bins: int,
         sigma: float,
+        target: str = "hlgauss",
         methods: Sequence[str] = uncertainty.DEFAULT,
     ) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class Potential(nn.Module):
         )
         energy_head: HistogramEnergy | ScalarEnergy
         if head == "hlgauss":
-            energy_head = HistogramEnergy(num_scalars, num_elements, num_bins, sigma)
+            energy_head = HistogramEnergy(num_scalars, num_elements, num_bins, sigma, target)
         elif head == "scalar":
             energy_head = ScalarEnergy(num_scalars, num_elements)
         else:

@@ -109,6 +109,9 @@ class ModelConfig:
     sigma: float = 0.75
     """Width of the HL-Gauss target kernel, in bin widths."""
 
+    target: Literal["hlgauss", "two_hot", "one_hot"] = "hlgauss"
+    """Kernel of the histogram's target: a Gaussian, or as controls two bins or one."""
+
     bin_width: float | None = None
     """eV; null: measured from the energy errors at the end of the scalar warm-up."""
 
@@ -158,6 +161,14 @@ class LossConfig:
     """Weight of (ΔE)²/N, eV², the sum over the atoms of their equal shares of the energy error
     squared; the HL-Gauss cross-entropy is scaled to the same gradient, whatever the bin width."""
 
+    energy_target: Literal["shares", "latent", "pooled_probs", "pooled_logits", "sum"] = "shares"
+    """What of the atoms' histograms is compared with a frame's energy: see
+    lmp_hl.training.energy_targets; the pooled forms are controls."""
+
+    cross_entropy: float = 1.0
+    """Share of the cross-entropy in the energy loss, the rest is the squared error; 0: a histogram
+    that only the expectation trains (a control)."""
+
     forces: float = 10.0
     """Weight of the squared error of a force component, (eV/Å)²."""
 
@@ -168,6 +179,8 @@ class LossConfig:
         """Refuse values out of range."""
         for name in ("energy", "forces", "stress"):
             _require(getattr(self, name) >= 0, f"loss.{name}", ">= 0", getattr(self, name))
+        share = self.cross_entropy
+        _require(0 <= share <= 1, "loss.cross_entropy", "0 <= x <= 1", share)
         _require(self.energy > 0 or self.forces > 0, "loss", "energy or forces > 0", 0)
 
 
@@ -243,6 +256,9 @@ class TrainConfig:
         plain = re.fullmatch(r"[\w.+-]+", self.name) is not None and self.name[0] != "."
         _require(plain, "name", "letters, digits and _.+- (it names a folder)", self.name)
         _require(self.seed >= 0, "seed", ">= 0", self.seed)
+        if self.loss.energy_target == "latent":
+            wanted = "hlgauss with loss.energy_target: latent (it widens the kernel)"
+            _require(self.model.target == "hlgauss", "model.target", wanted, self.model.target)
 
 
 def load_config(path: str | Path) -> TrainConfig:

@@ -60,10 +60,14 @@ class HistogramLoss(NamedTuple):
     spread: Tensor
 
 
+# smallest excess variance that latent shares tell apart, in units of w²
+LATENT_FLOOR = 0.01
+
+
 def energy_histogram(
-    head: HistogramEnergy, prediction: Prediction, batch: dict[str, Tensor]
+    head: HistogramEnergy, prediction: Prediction, batch: dict[str, Tensor], latent: bool = False
 ) -> HistogramLoss:
-    """HL-Gauss cross-entropy with equal shares.
+    """HL-Gauss cross-entropy of every atom's histogram with its share of the frame's energy.
 
     Atom i's target is N(E_i + dE / N, sigma^2), E_i its detached mean and dE the frame's missing
     energy, in the bins that stand at its detached anchor. Its cross-entropy is multiplied by 2
@@ -71,24 +75,37 @@ def energy_histogram(
     gradient of (dE)^2 / N, and atoms whose histogram has widened are not neglected. The mean over
     frames of the sum over atoms is returned, less the floor of the entropy.
 
+    `latent`: instead of equal ones, the shares that an expectation-maximisation step expects of
+    independent Gaussian atomic errors: share_i = v_i / sum_j v_j of the excess variances (at least
+    LATENT_FLOOR), target N(E_i + share_i dE, sigma^2 + v_i (1 - share_i)), whose second term is
+    what the sum leaves open. The pulls on the anchors add up to the same.
+
     A target beyond the support has no histogram: there the squared error takes over, with the same
     pull, and the share of such targets is returned for the log.
     """
     graph_of = batch[fr.BATCH]
     width = head.bin_width
-    share = (batch[fr.TARGET_ENERGY] - prediction.energy).detach() / batch[fr.NUM_ATOMS]
+    missing = (batch[fr.TARGET_ENERGY] - prediction.energy).detach()
     atoms = prediction.atoms
-    offset = (atoms.energy - atoms.anchor).detach().double()
-    targets = ((offset + share[graph_of]) / width).to(atoms.logits.dtype)  # in bins from the anchor
-    sigma = torch.full_like(targets, head.sigma_in_bins)
-    target_probs = histogram.hl_gauss(targets, head.edges, sigma)
-    entropy = histogram.cross_entropy(target_probs, atoms.logits)
     probs = torch.softmax(atoms.logits.detach(), 1)
     excess = histogram.excess_variance(probs, head.offsets, head.sigma_in_bins, 1.0)
+    share = (missing / batch[fr.NUM_ATOMS])[graph_of]
+    kernel = head.sigma_in_bins**2
+    open_variance = torch.zeros_like(excess)
+    if latent:
+        v = excess.clamp(min=LATENT_FLOOR)
+        part = v / torch.zeros_like(missing, dtype=v.dtype).index_add(0, graph_of, v)[graph_of]
+        share = missing[graph_of] * part
+        open_variance = v * (1.0 - part)
+    offset = (atoms.energy - atoms.anchor).detach().double()
+    targets = ((offset + share) / width).to(atoms.logits.dtype)  # in bins from the anchor
+    target_probs = head.target_probs(targets, (kernel + open_variance).sqrt())
+    floor = head.entropy_floor() + 0.5 * torch.log1p(open_variance / head.kernel_variance())
+    entropy = histogram.cross_entropy(target_probs, atoms.logits)
     scale = 2.0 * atoms.tau2.detach()
-    squared = (atoms.energy.double() - (atoms.energy.detach() + share[graph_of])).square()
+    squared = (atoms.energy.double() - (atoms.energy.detach() + share)).square()
     outside = histogram.outside_support(targets, head.edges)
-    per_atom = torch.where(outside, squared, scale * (entropy - head.entropy_floor()).double())
+    per_atom = torch.where(outside, squared, scale * (entropy - floor).double())
     excess = excess.clamp(min=0.0).mean()
     return HistogramLoss(
         per_atom.sum() / batch[fr.NUM_ATOMS].shape[0],

@@ -14,6 +14,7 @@ from lmp_hl.potential import Potential
 from . import frames as fr
 from . import losses
 from .config import ModelConfig, TrainConfig
+from .energy_targets import energy_loss
 
 # share of the schedule in which the learning rate rises, and where it ends
 RISE, END = 0.02, 0.01
@@ -40,6 +41,7 @@ def build_potential(config: ModelConfig, num_elements: int) -> Potential:
             num_scalars=config.hidden,
             num_bins=config.num_bins,
             sigma=config.sigma,
+            target=config.target,
             methods=config.uncertainty,
         )
     finally:
@@ -147,7 +149,10 @@ class PotentialModule(L.LightningModule):
         prediction = losses.predict(self.potential, batch, create_graph=split == "train")
         head = self.potential.energy_head
         if self.uses_histogram and isinstance(head, HistogramEnergy):
-            energy, outside, spread = losses.energy_histogram(head, prediction, batch)
+            name, share = weights.energy_target, weights.cross_entropy
+            energy, outside, spread = energy_loss(name, head, prediction, batch)
+            if share < 1:
+                energy = share * energy + (1 - share) * losses.energy_squared(prediction, batch)
             self._add(split, "outside", 100.0 * outside, 1)
             self._add(split, "spread", spread, 1)
         else:
