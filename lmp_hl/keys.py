@@ -36,6 +36,13 @@ FORCE_ENTROPY: Final = (
 )
 FORCE_STD: Final = "force_std"  # (num_owned,) eV/Å, calibrated error of one force component
 DISTANCE: Final = "distance"  # (num_owned,) dimensionless, feature distance / validation median
+MEAN_VARIANCE_FORCE_STD: Final = "mean_variance_force_std"  # (num_owned,) eV/Å, one component
+MEAN_VARIANCE_ENERGY_STD: Final = (
+    "mean_variance_energy_std"  # (num_owned,) eV; squares add up to the variance of the total
+)
+EVIDENTIAL_FORCE_STD: Final = "evidential_force_std"  # (num_owned,) eV/Å, both parts together
+EVIDENTIAL_ALEATORIC_STD: Final = "evidential_aleatoric_std"  # (num_owned,) eV/Å
+EVIDENTIAL_EPISTEMIC_STD: Final = "evidential_epistemic_std"  # (num_owned,) eV/Å
 MEMBERS: Final = "members"  # reserved: (num_owned, num_members) eV, coherent samples of the energy
 
 FIELD_UNITS: Final = {
@@ -45,4 +52,9 @@ FIELD_UNITS: Final = {
     FORCE_ENTROPY: "nat",
     FORCE_STD: "eV/Angstrom",
     DISTANCE: "1",
+    MEAN_VARIANCE_FORCE_STD: "eV/Angstrom",
+    MEAN_VARIANCE_ENERGY_STD: "eV",
+    EVIDENTIAL_FORCE_STD: "eV/Angstrom",
+    EVIDENTIAL_ALEATORIC_STD: "eV/Angstrom",
+    EVIDENTIAL_EPISTEMIC_STD: "eV/Angstrom",
 }

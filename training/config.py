@@ -137,6 +137,12 @@ class ModelConfig:
         known = ", ".join(uncertainty.METHODS)
         for name in self.uncertainty:
             _require(name in uncertainty.METHODS, "model.uncertainty", f"among {known}", name)
+        trained = [name for name in self.uncertainty if uncertainty.METHODS[name].trained]
+        wanted = "at most one of those that take the place of the squared force error"
+        _require(len(trained) <= 1, "model.uncertainty", wanted, ", ".join(trained))
+        if "mean_variance" in trained:
+            wanted = "scalar with uncertainty mean_variance (its likelihood is the energy's loss)"
+            _require(self.head == "scalar", "model.head", wanted, self.head)
         if self.preset == "local":
             wanted = "1 or null (preset local is strictly local; use preset: mp)"
             _require(self.num_layers in (None, 1), "model.num_layers", wanted, self.num_layers)
@@ -193,7 +199,7 @@ class TrainingConfig:
 
     warmup_epochs: int = 10
     """First epochs with a scalar output; after them the histogram's support is measured and its
-    loss switched on. Only used with head: hlgauss."""
+    loss switched on, or that of a trained uncertainty method. Not used otherwise."""
 
     batch_size: int = 5
     """Frames per step and device."""

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lmp_hl import histogram, keys
+from lmp_hl.nn.backbone import Features
 from lmp_hl.nn.heads import AtomicEnergy, HistogramEnergy
 from lmp_hl.potential import Potential, edge_forces
+from lmp_hl.uncertainty import Atoms
 
 from . import frames as fr
 
@@ -20,19 +22,21 @@ class Prediction(NamedTuple):
     """A batch evaluated with everything the losses need.
 
     energy: (num_graphs,) float64, eV, without reference energies; forces: (num_nodes, 3), eV/Å;
-    stress: (num_graphs, 3, 3), eV/Å³; atoms: per-atom output of the energy head.
+    stress: (num_graphs, 3, 3), eV/Å³; atoms: per-atom output of the energy head; features: of the
+    atoms.
     """
 
     energy: Tensor
     forces: Tensor
     stress: Tensor
     atoms: AtomicEnergy
+    features: Features | None = None
 
 
 def predict(potential: Potential, batch: dict[str, Tensor], create_graph: bool) -> Prediction:
     """Energies, forces and stress of a batch; `create_graph`: differentiable in the weights."""
     vectors = batch[keys.EDGE_VECTORS].detach().requires_grad_(True)
-    _, atoms = potential.atoms({**batch, keys.EDGE_VECTORS: vectors})
+    features, atoms = potential.atoms({**batch, keys.EDGE_VECTORS: vectors})
     (gradient,) = torch.autograd.grad([atoms.energy.sum()], [vectors], create_graph=create_graph)
     graph_of = batch[fr.BATCH]
     num_graphs = batch[fr.NUM_ATOMS].shape[0]
@@ -43,7 +47,7 @@ def predict(potential: Potential, batch: dict[str, Tensor], create_graph: bool) 
     virial = outer.new_zeros((num_graphs, 3, 3))
     virial = virial.index_add(0, graph_of[batch[keys.EDGE_INDEX][0]], outer)
     stress = 0.5 * (virial + virial.transpose(1, 2)) / batch[fr.VOLUME].reshape(-1, 1, 1)
-    return Prediction(energy, forces, stress, atoms)
+    return Prediction(energy, forces, stress, atoms, features)
 
 
 def energy_squared(prediction: Prediction, batch: dict[str, Tensor]) -> Tensor:
@@ -111,6 +115,30 @@ def energy_histogram(
         per_atom.sum() / batch[fr.NUM_ATOMS].shape[0],
         outside.double().mean(),
         (excess / targets.square().mean().clamp(min=1e-12)).sqrt(),
+    )
+
+
+def with_errors(prediction: Prediction, batch: dict[str, Tensor], detach: bool) -> Atoms:
+    """The atoms of a batch as an uncertainty method's loss sees them.
+
+    Args:
+        prediction: of predict.
+        batch: with targets.
+        detach: cut the gradients of features, energies and errors.
+    """
+
+    def cut(value: Tensor) -> Tensor:
+        return value.detach() if detach else value
+
+    if prediction.features is None:
+        raise ValueError("the prediction has no features; make it with predict()")
+    return Atoms(
+        Features(*map(cut, prediction.features)),
+        AtomicEnergy(*map(cut, prediction.atoms)),
+        batch[keys.SPECIES],
+        batch[fr.BATCH],
+        cut(batch[fr.TARGET_FORCES] - prediction.forces),
+        cut(batch[fr.TARGET_ENERGY] - prediction.energy),
     )
 
 

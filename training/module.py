@@ -60,15 +60,20 @@ class PotentialModule(L.LightningModule):
         super().__init__()
         self.potential = potential
         self.config = config
-        # fitted after training on frozen features, never by the loss
-        potential.methods.requires_grad_(False)
+        # most methods are fitted after training on frozen features, never by the loss
+        for method in potential.uncertainty_methods():
+            method.requires_grad_(method.trained)
         self._sums: dict[str, Tensor] = {}
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether the warm-up with squared errors is over."""
+        return self.current_epoch >= self.config.training.warmup_epochs
 
     @property
     def uses_histogram(self) -> bool:
         """Whether the energy loss is the cross-entropy at this epoch (after the warm-up)."""
-        is_histogram = isinstance(self.potential.energy_head, HistogramEnergy)
-        return is_histogram and self.current_epoch >= self.config.training.warmup_epochs
+        return self.is_warm and isinstance(self.potential.energy_head, HistogramEnergy)
 
     def configure_optimizers(self) -> Any:
         """AdamW with a short linear rise and a cosine descent to 1 % of the learning rate."""
@@ -157,7 +162,14 @@ class PotentialModule(L.LightningModule):
             self._add(split, "spread", spread, 1)
         else:
             energy = losses.energy_squared(prediction, batch)
-        forces = losses.forces_squared(prediction, batch)
+        squared = forces = losses.forces_squared(prediction, batch)
+        for method in self.potential.uncertainty_methods():
+            if method.trained:
+                atoms = losses.with_errors(prediction, batch, detach=not self.is_warm)
+                own = method.loss(atoms)
+                forces = own.forces if self.is_warm else forces + own.forces
+                if own.energy is not None:
+                    energy = own.energy if self.is_warm else energy + own.energy
         loss = weights.energy * energy + weights.forces * forces
         if weights.stress > 0 and bool(torch.isfinite(batch[fr.TARGET_STRESS]).any()):
             loss = loss + weights.stress * losses.stress_squared(prediction, batch)
@@ -167,7 +179,7 @@ class PotentialModule(L.LightningModule):
         per_atom = (prediction.energy - batch[fr.TARGET_ENERGY]) / batch[fr.NUM_ATOMS]
         self._add(split, "energy_rmse", per_atom.square().sum(), per_atom.numel())
         self._add(
-            split, "forces_rmse", forces * prediction.forces.numel(), prediction.forces.numel()
+            split, "forces_rmse", squared * prediction.forces.numel(), prediction.forces.numel()
         )
         self._add(split, "loss", loss, 1)
         return loss
