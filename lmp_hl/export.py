@@ -104,7 +104,7 @@ def make_exported(
 ) -> ExportedPotential:
     """The module a model file holds; arguments of export_potential."""
     potential = potential.eval().requires_grad_(False)
-    head = potential.energy_head
+    head, *others = potential.energy_head.parts()
     card = {**card, "lmp_hl": __version__, "optional_inputs": []}
     if isinstance(head, HistogramEnergy):
         card["histogram"] = {
@@ -114,6 +114,7 @@ def make_exported(
             "target": head.target,
             "entropy_floor": head.entropy_floor(),
             "bins": "uniform, centred on the atom's anchor energy",
+            "num_members": 1 + len(others),
         }
     for method in potential.uncertainty_methods():
         card.update(method.card())

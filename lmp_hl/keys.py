@@ -43,6 +43,10 @@ MEAN_VARIANCE_ENERGY_STD: Final = (
 EVIDENTIAL_FORCE_STD: Final = "evidential_force_std"  # (num_owned,) eV/Å, both parts together
 EVIDENTIAL_ALEATORIC_STD: Final = "evidential_aleatoric_std"  # (num_owned,) eV/Å
 EVIDENTIAL_EPISTEMIC_STD: Final = "evidential_epistemic_std"  # (num_owned,) eV/Å
+COMMITTEE_ENTROPY: Final = "committee_entropy"  # (num_owned,) nats, of the mean of the heads
+ALEATORIC_ENTROPY: Final = "aleatoric_entropy"  # (num_owned,) nats, mean of the heads' entropies
+MUTUAL_INFORMATION: Final = "mutual_information"  # (num_owned,) nats, the difference of the two
+COMMITTEE_ENERGY_STD: Final = "committee_energy_std"  # (num_owned,) eV, over the heads
 MEMBERS: Final = "members"  # reserved: (num_owned, num_members) eV, coherent samples of the energy
 
 FIELD_UNITS: Final = {
@@ -57,4 +61,8 @@ FIELD_UNITS: Final = {
     EVIDENTIAL_FORCE_STD: "eV/Angstrom",
     EVIDENTIAL_ALEATORIC_STD: "eV/Angstrom",
     EVIDENTIAL_EPISTEMIC_STD: "eV/Angstrom",
+    COMMITTEE_ENTROPY: "nat",
+    ALEATORIC_ENTROPY: "nat",
+    MUTUAL_INFORMATION: "nat",
+    COMMITTEE_ENERGY_STD: "eV",
 }

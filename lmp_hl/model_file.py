@@ -215,9 +215,11 @@ def _head(card: dict[str, Any]) -> str:
     bins = card["histogram"]
     target = bins.get("target", "hlgauss")
     kernel = f"sigma {bins['sigma']:g} bins" if target == "hlgauss" else f"{target} target"
+    members = bins.get("num_members", 1)
+    committee = f"committee of {members} heads: " if members > 1 else ""
     return (
-        f"HL-Gauss energy, {bins['num_bins']} bins of {1e3 * bins['bin_width']:.3g} meV around "
-        f"each atom's anchor, {kernel}, entropy floor "
+        f"{committee}HL-Gauss energy, {bins['num_bins']} bins of "
+        f"{1e3 * bins['bin_width']:.3g} meV around each atom's anchor, {kernel}, entropy floor "
         f"{bins['entropy_floor']:.3f} nat"
     )
 

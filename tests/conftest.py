@@ -73,14 +73,15 @@ def randomize(potential, structures, elements, seed):
             if method.trained:
                 for parameter in method.parameters():
                     parameter.copy_(noise(parameter, 0.3))
-        head.scale.fill_(0.2)
-        head.anchor.element_bias.weight.copy_(noise(head.anchor.element_bias.weight, 0.5))
-        if isinstance(head, HistogramEnergy):
-            head.set_bin_width(0.02)
-            head.log_tau.weight.copy_(noise(head.log_tau.weight, 0.1))
-            head.log_tau.bias.fill_(1.0)
-            head.delta.weight.copy_(noise(head.delta.weight, 0.3))
-            head.delta.bias.copy_(noise(head.delta.bias, 0.3))
+        for part in head.parts():
+            part.scale.fill_(0.2)
+            part.anchor.element_bias.weight.copy_(noise(part.anchor.element_bias.weight, 0.5))
+            if isinstance(part, HistogramEnergy):
+                head.set_bin_width(0.02)
+                part.log_tau.weight.copy_(noise(part.log_tau.weight, 0.1))
+                part.log_tau.bias.fill_(1.0)
+                part.delta.weight.copy_(noise(part.delta.weight, 0.3))
+                part.delta.bias.copy_(noise(part.delta.bias, 0.3))
         if "scales" in methods:
             distance, force = methods["scales"].distance, methods["scales"].force_distribution
             force.location.weight.copy_(noise(force.location.weight, 0.2))

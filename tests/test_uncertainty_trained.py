@@ -1,5 +1,6 @@
 """Uncertainty that is trained with the network: formulas, symmetry, limits, runs, export."""
 
+import copy
 import math
 
 import numpy as np
@@ -7,20 +8,23 @@ import pytest
 import torch
 from conftest import ELEMENTS, make_card, make_potential
 from scipy.spatial.transform import Rotation
-from scipy.stats import invwishart, multivariate_normal, multivariate_t, norm
+from scipy.stats import invwishart, multivariate_normal, multivariate_t, norm, poisson
 from test_potential import evaluate, inputs_of
 from test_training import configure, last_state, numbers, quick_calibration
 
-from lmp_hl import keys, model_file, stages
+from lmp_hl import keys, model_file
 from lmp_hl.export import export_potential
 from lmp_hl.nn.backbone import Features
 from lmp_hl.nn.heads import AtomicEnergy
+from lmp_hl.training import energy_targets, losses
+from lmp_hl.training import frames as fr
 from lmp_hl.training import train as train_module
 from lmp_hl.training.checkpoint import load_checkpoint
 from lmp_hl.training.config import ModelConfig
 from lmp_hl.training.notebook import Notebook
 from lmp_hl.training.train import train
 from lmp_hl.uncertainty import Atoms, Evidential, MeanVariance, Sizes
+from lmp_hl.uncertainty.committee import CommitteeEnergy
 from lmp_hl.uncertainty.evidential import PENALTY
 
 SIZES = Sizes(num_scalars=6, channels=3, l_max=2, num_elements=2)
@@ -28,6 +32,7 @@ SIZES = Sizes(num_scalars=6, channels=3, l_max=2, num_elements=2)
 CASES = {
     "mean_variance": ("scalar", ("mean_variance",)),
     "evidential": ("hlgauss", ("scales", "evidential")),
+    "committee": ("committee", ()),
 }
 
 
@@ -84,8 +89,10 @@ def test_fields_do_not_change_when_the_structure_is_turned(name, preset, structu
         assert np.ptp(before[field]) > 1e-3 * np.abs(before[field]).max()  # of the atom
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("mean_variance", "float32"), ("evidential", "float64"), ("committee", "float32")],
+)
 def test_exported_equals_eager_and_takes_no_atoms(name, dtype, structure_factory, tmp_path):
     potential = potential_of(name, "mp", dtype)
     head = CASES[name][0]
@@ -99,9 +106,8 @@ def test_exported_equals_eager_and_takes_no_atoms(name, dtype, structure_factory
     for field in model.fields:
         torch.testing.assert_close(got[field], expected[field], rtol=tolerance, atol=tolerance)
     assert "of error" in model_file.describe(path)
-    parts = torch.jit.script(stages.Stages(potential, model.fields))
     for structure in (structure_factory(ELEMENTS[:2], 1, pbc=False)[:n] for n in (0, 1)):
-        found = stages.evaluate(parts, inputs_of(potential, structure), model.fields, True)
+        found = model.evaluate(inputs_of(potential, structure), True)
         for field in model.fields:
             assert found[field].shape == (len(structure),) and torch.isfinite(found[field]).all()
 
@@ -221,10 +227,10 @@ def test_predictive_density_is_the_t_that_integrates_out_mean_and_covariance():
         assert got[i] == pytest.approx(t.logpdf(atoms.errors[i]), rel=1e-9)
         # mu | S ~ N(0, S / kappa), label | mu, S ~ N(mu, S), S ~ IW(psi, nu)
         draws = invwishart(nu, psi).rvs(4000, random_state=i)
-        density = [
-            multivariate_normal.pdf(atoms.errors[i], np.zeros(3), s * (1 + 1 / kappa))
-            for s in draws
-        ]
+        covariance = draws * (1 + 1 / kappa)
+        error = atoms.errors[i].numpy()
+        square = np.einsum("a,nab,b->n", error, np.linalg.inv(covariance), error)
+        density = np.exp(-square / 2) / np.sqrt(np.linalg.det(2 * np.pi * covariance))
         assert np.log(np.mean(density)) == pytest.approx(got[i], abs=0.1)
         np.testing.assert_allclose(draws.mean(0), expected, atol=0.2 * np.trace(expected))
 
@@ -291,6 +297,174 @@ def test_evidence_of_wrong_predictions_is_penalised():
     assert method.loss(atoms).energy is None
 
 
+# committee ---------------------------------------------------------------------------------------
+def committee_and_output(num_atoms=9, seed=0):
+    """A committee head of two elements, its output for random features, and the species."""
+    torch.manual_seed(seed)
+    head = CommitteeEnergy(3, 6, 2, 32, 0.75).double()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, dtype=torch.float64))
+    for part in head.parts():
+        part.scale.fill_(0.03)
+    head.set_bin_width(0.02)
+    species = torch.arange(num_atoms) % 2
+    with torch.no_grad():
+        return head, head(torch.randn(num_atoms, 6, dtype=torch.float64), species), species
+
+
+def test_fields_of_a_committee_are_those_of_its_densities_in_common_bins():
+    """Masses as differences of the members' distribution functions, which are piecewise linear."""
+    head, energy, species = committee_and_output()
+    head.centers.copy_(torch.tensor([[0.01, -0.02, 0.03], [0.0, 0.017, -0.005]]))
+    fields = head.fields(energy, species)
+    edges = (np.arange(33) - 16) * 0.02
+    shifts = []
+    for i in range(9):
+        centers = head.centers[species[i]].double().numpy()
+        anchors = energy.anchor[i].numpy() - centers
+        probs = torch.softmax(energy.logits[i], 1).numpy()
+        shifts.append(np.ptp(anchors) / 0.02)
+        masses, means = [], []
+        for anchor, p in zip(anchors, probs, strict=True):
+            cumulative = np.concatenate([[0], np.cumsum(p)])
+            at = np.interp(anchors.mean() + edges, anchor + edges, cumulative)
+            at[[0, -1]] = 0, 1  # what is beyond the ends goes to the last bins
+            masses.append(np.diff(at))
+            means.append(anchor + p @ (edges[:-1] + 0.01))
+        masses = np.array(masses)
+        entropy = [-(m[m > 0] * np.log(m[m > 0])).sum() for m in [masses.mean(0), *masses]]
+        aleatoric = np.mean(entropy[1:])
+        assert float(fields["committee_entropy"][i]) == pytest.approx(entropy[0], rel=1e-9)
+        assert float(fields["aleatoric_entropy"][i]) == pytest.approx(aleatoric, rel=1e-9)
+        information = float(fields["mutual_information"][i])
+        assert information == pytest.approx(entropy[0] - aleatoric, abs=1e-9)
+        assert 0 < information < math.log(3)
+        std = float(fields["committee_energy_std"][i])
+        assert std == pytest.approx(np.std(means, ddof=1), rel=1e-9)
+    assert max(shifts) > 1  # bins apart, not all alike
+
+
+def test_members_that_agree_have_no_information_and_those_far_apart_all_of_it():
+    head, energy, species = committee_and_output()
+    same = energy._replace(
+        anchor=energy.anchor[:, :1].expand(-1, 3), logits=energy.logits[:, :1].expand(-1, 3, -1)
+    )
+    fields = head.fields(same, species)
+    assert float(fields["mutual_information"].max()) < 1e-12
+    assert float(fields["committee_energy_std"].max()) < 1e-9
+    apart = same._replace(anchor=same.anchor + torch.tensor([-0.25, 0.0, 0.25]))
+    logits = same.logits - 3 * head.heads[0].offsets ** 2  # narrow
+    fields = head.fields(apart._replace(logits=logits), species)
+    np.testing.assert_allclose(fields["mutual_information"], math.log(3), rtol=1e-3)
+    np.testing.assert_allclose(fields["committee_energy_std"], 0.25, rtol=1e-6)
+
+
+def test_energy_of_a_committee_is_the_mean_and_one_of_equals_is_the_head(structure_factory):
+    potential = potential_of("committee")
+    head = potential.energy_head
+    inputs = inputs_of(potential, structure_factory(ELEMENTS[:2], seed=3))
+    scalars, species = potential.backbone(inputs).scalars, inputs[keys.SPECIES]
+    each = [part(scalars, species).energy for part in head.parts()]
+    torch.testing.assert_close(head(scalars, species).energy, torch.stack(each).mean(0))
+    assert float((each[0] - each[1]).abs().max()) > 1e-3
+
+
+def test_partition_of_the_energy_among_elements_is_no_disagreement():
+    """Constants per element and member that a training set cannot tell change no field."""
+    head, energy, species = committee_and_output(40)
+    frame = torch.arange(40) // 10
+    errors = torch.zeros(40, 3, dtype=torch.float64)
+    totals = torch.tensor([0.1, -0.3, 0.2, 0.1], dtype=torch.float64)
+    nothing = Features(torch.zeros(40, 1), torch.zeros(9, 40, 1))
+
+    def fields_of(energy):
+        atoms = Atoms(nothing, energy, species, frame, errors, totals)
+        card = head.fit(atoms, atoms)
+        return card["committee_raw_energy_size_ratio"], head.fields(energy, species)
+
+    ratio, fields = fields_of(energy)
+    gauge = torch.tensor([[0.3, -0.2, 0.1], [-0.2, 0.2, 0.0]], dtype=torch.float64)
+    moved = energy._replace(anchor=energy.anchor + gauge[species])
+    other_ratio, others = fields_of(moved)
+    assert other_ratio == pytest.approx(ratio, rel=1e-4)
+    for name, value in fields.items():
+        np.testing.assert_allclose(others[name], value, rtol=1e-4, atol=1e-7, err_msg=name)
+    # and the factor gives the total energies' disagreement the size of their errors
+    total = torch.zeros(4, 3, dtype=torch.float64)
+    total = total.index_add(0, frame, head.deviations(moved, species))
+    size = float(head.factor) * float(total.var(1).mean().sqrt())
+    assert size == pytest.approx(float(totals.square().mean().sqrt()), rel=1e-5)
+
+
+def labelled_graphs(potential, structure_factory):
+    """Two structures of nine atoms with energies near the model's and forces of zero."""
+    graphs = []
+    for seed in (3, 4):
+        graph = inputs_of(potential, structure_factory(ELEMENTS[:2], seed=seed))
+        energy = potential.atoms(graph)[1].energy.double().sum().reshape(1)
+        graphs.append(
+            graph
+            | {
+                fr.NUM_ATOMS: torch.tensor([9]),
+                fr.VOLUME: torch.tensor([100.0], dtype=torch.float64),
+                fr.TARGET_ENERGY: energy + 0.03,
+                fr.TARGET_FORCES: torch.zeros(9, 3, dtype=torch.float64),
+            }
+        )
+    return graphs
+
+
+def test_forces_of_every_member_are_trained_in_turn(structure_factory):
+    potential = potential_of("committee")
+    head = potential.energy_head
+    batch = fr.collate_graphs(labelled_graphs(potential, structure_factory))
+    forces = [losses.predict(potential, batch, False, turn).forces for turn in range(5)]
+    mean = losses.predict(potential, batch, False).forces
+    torch.testing.assert_close(torch.stack(forces[:4]).mean(0), mean)
+    torch.testing.assert_close(forces[4], forces[0])
+    alone = copy.deepcopy(potential)
+    for k in range(4):
+        alone.energy_head = head.heads[k]
+        expected = losses.predict(alone, batch, False).forces
+        torch.testing.assert_close(forces[k][:9], expected[:9])
+        torch.testing.assert_close(forces[(k - 1) % 4][9:], expected[9:])
+
+
+def test_bootstrap_draws_the_same_weights_for_a_frame_wherever_it_is():
+    energies = torch.randn(20000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = losses.bootstrap_weights({fr.TARGET_ENERGY: energies}, 4)
+    some = losses.bootstrap_weights({fr.TARGET_ENERGY: energies[[7, 3]]}, 4)
+    assert torch.equal(some, weights[[7, 3]])
+    for k in range(4):  # Poisson: mean and variance 1, no weight in 1/e of all cases
+        share = np.bincount(weights[:, k].long(), minlength=5)[:5] / len(energies)
+        np.testing.assert_allclose(share, poisson(1).pmf(range(5)), atol=0.015)
+    correlation = np.corrcoef(weights.T.numpy()) - np.eye(4)
+    assert np.abs(correlation).max() < 0.03
+
+
+def test_frames_without_weight_train_no_member(structure_factory):
+    potential = potential_of("committee")
+    batch = fr.collate_graphs(labelled_graphs(potential, structure_factory))
+    prediction = losses.predict(potential, batch, False)
+    own = losses.by_member(prediction, batch)[1]
+    part = potential.energy_head.heads[1]
+    ones, first = (torch.tensor(w, dtype=torch.float64) for w in ([1.0, 1.0], [2.0, 0.0]))
+    alone = fr.collate_graphs([labelled_graphs(potential, structure_factory)[0]])
+    own_alone = losses.by_member(losses.predict(potential, alone, False), alone)[1]
+    for name in energy_targets.NAMES:
+        whole = energy_targets.energy_loss(name, part, own, batch).loss
+        same = energy_targets.energy_loss(name, part, own, batch, ones).loss
+        torch.testing.assert_close(whole, same, rtol=1e-12, atol=0)
+        half = energy_targets.energy_loss(name, part, own, batch, first).loss
+        expected = energy_targets.energy_loss(name, part, own_alone, alone).loss
+        torch.testing.assert_close(half, expected, rtol=1e-9, atol=1e-15)
+    for loss in (losses.energy_squared, losses.forces_squared):
+        torch.testing.assert_close(
+            loss(own, batch, first), loss(own_alone, alone), rtol=1e-9, atol=1e-15
+        )
+
+
 # bounds, size, runs ------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", [MeanVariance, Evidential])
 def test_sizes_stay_finite_far_from_the_data(kind):
@@ -317,17 +491,23 @@ def test_size_is_corrected_by_one_factor_and_the_raw_one_kept(kind):
     assert raw == pytest.approx(float(before.square().mean().sqrt()) / rmse, rel=1e-9)
 
 
-MODELS = {
+METHODS = {
     "mean_variance": {"head": "scalar", "uncertainty": ["mean_variance"]},
     "evidential": {"uncertainty": ["evidential"], "dtype": "float32"},
 }
+MODELS = {**METHODS, "committee": {"head": "committee", "num_members": 3, "uncertainty": []}}
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def finished(request, tmp_path_factory):
     """(name, configuration, checkpoint) of an uninterrupted run, calibrated."""
-    config = configure(tmp_path_factory.mktemp(request.param), model=MODELS[request.param])
-    return request.param, config, train(config)
+    return request.param, *run(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def run(folder, name):
+    loss = {"member_frames": "bootstrap" if name == "committee" else "all"}
+    config = configure(folder, model=MODELS[name], loss=loss)
+    return config, train(config)
 
 
 def test_run_trains_and_calibrates(finished, tmp_path):
@@ -336,8 +516,9 @@ def test_run_trains_and_calibrates(finished, tmp_path):
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[-1]["valid_forces_rmse"] < rows[0]["valid_forces_rmse"]
     potential, elements, card = load_checkpoint(checkpoint)
-    method = potential.methods[name]
-    assert float(method.readout.out.weight.abs().max()) > 0
+    method = potential.energy_head if name == "committee" else potential.methods[name]
+    learned = method.heads[1].delta if name == "committee" else method.readout.out
+    assert float(learned.weight.detach().abs().max()) > 0
     raw = [value for key, value in card["calibration"].items() if key.startswith(f"{name}_raw")]
     assert raw and all(0.01 < value < 100 for value in raw)
     np.testing.assert_allclose(method.factor.min(), 1 / max(raw), rtol=1e-5)
@@ -348,7 +529,6 @@ def test_run_trains_and_calibrates(finished, tmp_path):
 
 def test_resumed_run_equals_the_uninterrupted_one(finished, tmp_path, monkeypatch):
     name, whole, _ = finished
-    config = configure(tmp_path, model=MODELS[name])
     with monkeypatch.context() as patch:
         original = Notebook.on_train_epoch_end
 
@@ -359,21 +539,22 @@ def test_resumed_run_equals_the_uninterrupted_one(finished, tmp_path, monkeypatc
 
         patch.setattr(Notebook, "on_train_epoch_end", interrupt)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            train(config)
+            run(tmp_path, name)
     monkeypatch.setattr(train_module, "calibrate", quick_calibration)
+    config = tmp_path / "run.yaml"
     train(config, resume=True)
     resumed, expected = last_state(config)["state_dict"], last_state(whole)["state_dict"]
     for key, value in expected.items():
         assert torch.equal(resumed[key], value), key
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", METHODS)
 def test_in_the_warm_up_only_the_method_feels_its_loss(name, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "calibrate", quick_calibration)
     training = {"epochs": 2, "warmup_epochs": 2, "gradient_clip": 0.0}
     states = []
     for methods in ([name], []):
-        model = {**MODELS[name], "uncertainty": methods}
+        model = {**METHODS[name], "uncertainty": methods}
         config = configure(tmp_path / f"{len(methods)}", model=model, training=training)
         train(config)
         states.append(last_state(config)["state_dict"])

@@ -82,8 +82,11 @@ class ModelConfig:
     preset: Literal["local", "mp"] = "local"
     """"local": an atom's energy depends on what is within the cutoff; "mp": message passing."""
 
-    head: Literal["hlgauss", "scalar"] = "hlgauss"
-    """Per-atom energy as a histogram, or as one number (the control)."""
+    head: Literal["hlgauss", "committee", "scalar"] = "hlgauss"
+    """Per-atom energy as a histogram, as the mean of several, or as one number (the control)."""
+
+    num_members: int = 4
+    """Heads of a committee."""
 
     cutoff: float = 5.0
     """Å; an edge is shorter than this."""
@@ -127,6 +130,7 @@ class ModelConfig:
         for name in ("channels", "num_radial", "hidden"):
             _require(getattr(self, name) > 0, f"model.{name}", "> 0", getattr(self, name))
         _require(self.l_max in (2, 3), "model.l_max", "2 or 3", self.l_max)
+        _require(self.num_members >= 2, "model.num_members", ">= 2", self.num_members)
         _require(self.sigma > 0, "model.sigma", "> 0 bin widths", self.sigma)
         # the support is padded by 4 sigma on either side and needs room between
         least = max(2.0, 16 * self.sigma)
@@ -174,6 +178,10 @@ class LossConfig:
     cross_entropy: float = 1.0
     """Share of the cross-entropy in the energy loss, the rest is the squared error; 0: a histogram
     that only the expectation trains (a control)."""
+
+    member_frames: Literal["all", "bootstrap"] = "all"
+    """Frames each head of a committee is trained on: all alike, or weighted by Poisson draws of
+    mean 1 of its own (a bootstrap that is the same in every epoch)."""
 
     forces: float = 10.0
     """Weight of the squared error of a force component, (eV/Å)²."""

@@ -15,13 +15,17 @@ from lmp_hl import histogram
 from lmp_hl.nn.heads import HistogramEnergy
 
 from . import frames as fr
-from .losses import HistogramLoss, Prediction, energy_histogram
+from .losses import HistogramLoss, Prediction, energy_histogram, weighted
 
 NAMES: Final = ("shares", "latent", "pooled_probs", "pooled_logits", "sum")
 
 
 def energy_loss(
-    name: str, head: HistogramEnergy, prediction: Prediction, batch: dict[str, Tensor]
+    name: str,
+    head: HistogramEnergy,
+    prediction: Prediction,
+    batch: dict[str, Tensor],
+    frame_weights: Tensor | None = None,
 ) -> HistogramLoss:
     """The cross-entropy of an energy head's histograms, eV², mean over frames.
 
@@ -31,16 +35,21 @@ def energy_loss(
         head: of the prediction.
         prediction: of the batch.
         batch: with target energies.
+        frame_weights: (num_graphs,); None: all 1.
     """
     if name == "sum":
-        return of_the_sum(head, prediction, batch)
+        return of_the_sum(head, prediction, batch, frame_weights)
     if name in ("pooled_probs", "pooled_logits"):
-        return pooled(head, prediction, batch, logits=name == "pooled_logits")
-    return energy_histogram(head, prediction, batch, latent=name == "latent")
+        return pooled(head, prediction, batch, name == "pooled_logits", frame_weights)
+    return energy_histogram(head, prediction, batch, name == "latent", frame_weights)
 
 
 def pooled(
-    head: HistogramEnergy, prediction: Prediction, batch: dict[str, Tensor], logits: bool
+    head: HistogramEnergy,
+    prediction: Prediction,
+    batch: dict[str, Tensor],
+    logits: bool,
+    frame_weights: Tensor | None = None,
 ) -> HistogramLoss:
     """Cross-entropy of one pooled histogram per frame with the energy per atom; a control.
 
@@ -82,11 +91,14 @@ def pooled(
     excess = histogram.excess_variance(probs, head.offsets, head.sigma_in_bins, 1.0)
     true = (missing / head.bin_width).square().mean().clamp(min=1e-12)
     spread = (excess.clamp(min=0.0).mean() / true).sqrt()
-    return HistogramLoss(per_frame.mean(), outside.double().mean(), spread)
+    return HistogramLoss(weighted(per_frame, frame_weights).mean(), outside.double().mean(), spread)
 
 
 def of_the_sum(
-    head: HistogramEnergy, prediction: Prediction, batch: dict[str, Tensor]
+    head: HistogramEnergy,
+    prediction: Prediction,
+    batch: dict[str, Tensor],
+    frame_weights: Tensor | None = None,
 ) -> HistogramLoss:
     """Cross-entropy of the distribution of the frame's energy, the sum of independent atoms.
 
@@ -109,4 +121,5 @@ def of_the_sum(
     per_frame = 2.0 * variance.detach() / num_atoms * entropy
     excess = (variance.detach() - least).clamp(min=0.0).mean()
     spread = (excess / residual.detach().square().mean().clamp(min=1e-24)).sqrt()
-    return HistogramLoss(per_frame.mean(), torch.zeros_like(spread), spread)
+    loss = weighted(per_frame, frame_weights).mean()
+    return HistogramLoss(loss, torch.zeros_like(spread), spread)

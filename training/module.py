@@ -41,6 +41,7 @@ def build_potential(config: ModelConfig, num_elements: int) -> Potential:
             num_scalars=config.hidden,
             num_bins=config.num_bins,
             sigma=config.sigma,
+            num_members=config.num_members,
             target=config.target,
             methods=config.uncertainty,
         )
@@ -73,13 +74,18 @@ class PotentialModule(L.LightningModule):
     @property
     def uses_histogram(self) -> bool:
         """Whether the energy loss is the cross-entropy at this epoch (after the warm-up)."""
-        return self.is_warm and isinstance(self.potential.energy_head, HistogramEnergy)
+        return self.is_warm and len(self.histograms) > 0
+
+    @property
+    def histograms(self) -> list[HistogramEnergy]:
+        """The histogram heads: one, a committee's, or none."""
+        parts = self.potential.energy_head.parts()
+        return [part for part in parts if isinstance(part, HistogramEnergy)]
 
     def configure_optimizers(self) -> Any:
         """AdamW with a short linear rise and a cosine descent to 1 % of the learning rate."""
         training = self.config.training
-        head = self.potential.energy_head
-        shape = head.shape_parameters() if isinstance(head, HistogramEnergy) else []
+        shape = [p for head in self.histograms for p in head.shape_parameters()]
         chosen = {id(parameter) for parameter in shape}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in chosen]
         optimizer = torch.optim.AdamW(
@@ -110,11 +116,8 @@ class PotentialModule(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Measure the bin width once the scalar warm-up is over."""
         self._sums = {}
-        head = self.potential.energy_head
-        if (
-            isinstance(head, HistogramEnergy)
-            and self.current_epoch == self.config.training.warmup_epochs
-        ):
+        if self.histograms and self.current_epoch == self.config.training.warmup_epochs:
+            head = self.histograms[0]
             loader = self.trainer.train_dataloader
             set_bin_width(self.potential, loader, self.config.model.bin_width, self.device)
             self.print(
@@ -128,8 +131,7 @@ class PotentialModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the histogram's shape untouched while the loss does not see it."""
-        head = self.potential.energy_head
-        if isinstance(head, HistogramEnergy) and not self.uses_histogram:
+        for head in [] if self.uses_histogram else self.histograms:
             for parameter in head.shape_parameters():
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -151,18 +153,19 @@ class PotentialModule(L.LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor], split: str) -> Tensor:
         weights = self.config.loss
-        prediction = losses.predict(self.potential, batch, create_graph=split == "train")
-        head = self.potential.energy_head
-        if self.uses_histogram and isinstance(head, HistogramEnergy):
-            name, share = weights.energy_target, weights.cross_entropy
-            energy, outside, spread = energy_loss(name, head, prediction, batch)
-            if share < 1:
-                energy = share * energy + (1 - share) * losses.energy_squared(prediction, batch)
-            self._add(split, "outside", 100.0 * outside, 1)
-            self._add(split, "spread", spread, 1)
-        else:
-            energy = losses.energy_squared(prediction, batch)
-        squared = forces = losses.forces_squared(prediction, batch)
+        is_train = split == "train"
+        turn = self.global_step if is_train else None
+        prediction = losses.predict(self.potential, batch, create_graph=is_train, turn=turn)
+        of_member: Tensor | None = None
+        if turn is not None and prediction.members and weights.member_frames == "bootstrap":
+            of_member = losses.bootstrap_weights(batch, len(prediction.members))
+        energy = self._energy(split, prediction, batch, of_member)
+        squared = losses.forces_squared(prediction, batch)
+        forces = squared
+        if of_member is not None and turn is not None:
+            graphs = torch.arange(len(of_member), device=of_member.device)
+            chosen = of_member[graphs, losses.member_of(turn, graphs, of_member.shape[1])]
+            forces = losses.forces_squared(prediction, batch, chosen)
         for method in self.potential.uncertainty_methods():
             if method.trained:
                 atoms = losses.with_errors(prediction, batch, detach=not self.is_warm)
@@ -183,6 +186,30 @@ class PotentialModule(L.LightningModule):
         )
         self._add(split, "loss", loss, 1)
         return loss
+
+    def _energy(
+        self,
+        split: str,
+        prediction: losses.Prediction,
+        batch: dict[str, Tensor],
+        of_member: Tensor | None,
+    ) -> Tensor:
+        """Mean over the heads of the energy loss; `of_member`: weights (num_graphs, members)."""
+        name, share = self.config.loss.energy_target, self.config.loss.cross_entropy
+        found = []
+        for k, own in enumerate(losses.by_member(prediction, batch)):
+            frame_weights = None if of_member is None else of_member[:, k]
+            if not self.uses_histogram:
+                found.append(losses.energy_squared(own, batch, frame_weights))
+                continue
+            loss, outside, spread = energy_loss(name, self.histograms[k], own, batch, frame_weights)
+            if share < 1:
+                squared = losses.energy_squared(own, batch, frame_weights)
+                loss = share * loss + (1 - share) * squared
+            found.append(loss)
+            self._add(split, "outside", 100.0 * outside, 1)
+            self._add(split, "spread", spread, 1)
+        return torch.stack(found).mean()
 
     def _add(self, split: str, name: str, value: Tensor, count: int) -> None:
         total = torch.stack([value.detach().double(), value.new_tensor(count, dtype=torch.float64)])
@@ -222,13 +249,17 @@ def set_bin_width(
         ValueError: with a given width a target lies more than four times as far away as the support
             reaches; names the frames.
     """
-    head = potential.energy_head
+    head, *others = potential.energy_head.parts()
     shares = []
     dataset = loader.dataset
     for graph in dataset:
         batch = {k: v.to(device) for k, v in fr.collate_graphs([graph]).items()}
         _, atoms = potential.atoms(batch)
-        residual = batch[fr.TARGET_ENERGY][0] - atoms.energy.double().sum()
+        # of a committee the member that is furthest off; before the cross-entropy an anchor is the
+        # energy, but for the rounding of sums over bins
+        energy = atoms.anchor if others else atoms.energy
+        residual = batch[fr.TARGET_ENERGY][0] - energy.double().sum(0)
+        residual = residual.flatten()[residual.abs().argmax()]
         shares.append(float(residual / batch[fr.NUM_ATOMS][0]))
     largest = max(abs(share) for share in shares)
     half = head.num_bins / 2
@@ -242,4 +273,4 @@ def set_bin_width(
             f"±{half * bin_width:.3g} eV/atom around the prediction ({names} eV/atom); check their "
             f"labels, or leave model.bin_width to be measured (null)"
         )
-    head.set_bin_width(bin_width)
+    potential.energy_head.set_bin_width(bin_width)

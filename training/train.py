@@ -128,7 +128,8 @@ def initial_potential(
             break
     fit_scales(potential.backbone, fr.collate_graphs(chosen))
     forces = torch.cat([graph[fr.TARGET_FORCES] for graph in train])
-    potential.energy_head.scale.fill_(float(forces.square().mean().sqrt().clamp(min=1e-3)))
+    for head in potential.energy_head.parts():
+        head.scale.fill_(float(forces.square().mean().sqrt().clamp(min=1e-3)))
     energies = torch.tensor([baseline[element] for element in elements], dtype=torch.float64)
     potential.reference_energies.copy_(energies)
     return potential

@@ -54,6 +54,11 @@ class EnergyHead(nn.Module):
         """The heads that are trained on their own energies: itself, or a committee's members."""
         return [self]
 
+    @torch.jit.unused
+    def fit(self, seen: Any, held: Any) -> dict[str, Any]:
+        """What its fields need from frozen features; arguments and result as Method.fit has."""
+        return {}
+
 
 class ScalarEnergy(EnergyHead):
     """The control: one number per atom, E_i = scale * m(h_i)."""
@@ -71,7 +76,7 @@ class ScalarEnergy(EnergyHead):
         none = energy.new_zeros(0)
         return AtomicEnergy(energy, energy, energy.new_zeros((energy.shape[0], 0)), none)
 
-    def fields(self, energy: AtomicEnergy) -> dict[str, Tensor]:
+    def fields(self, energy: AtomicEnergy, species: Tensor) -> dict[str, Tensor]:
         """A number says nothing about itself."""
         out: dict[str, Tensor] = {}
         return out
@@ -179,7 +184,7 @@ class HistogramEnergy(EnergyHead):
         probs = torch.softmax(logits, dim=1)
         return anchor + self.bin_width.to(anchor.dtype) * histogram.expectation(probs, self.offsets)
 
-    def fields(self, energy: AtomicEnergy) -> dict[str, Tensor]:
+    def fields(self, energy: AtomicEnergy, species: Tensor) -> dict[str, Tensor]:
         """Entropy of each atom's histogram and how far it is above the floor, nats."""
         entropy = histogram.entropy(torch.softmax(energy.logits, 1))
         return {keys.ENTROPY: entropy, keys.EXCESS_ENTROPY: entropy - self.entropy_floor()}
