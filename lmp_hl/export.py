@@ -109,15 +109,17 @@ def make_exported(
     ensemble = potential if isinstance(potential, Ensemble) else Ensemble([potential])
     ensemble = ensemble.eval().requires_grad_(False)
     potential = ensemble.potentials()[0]
-    head = potential.energy_head
+    head, *others = potential.energy_head.parts()
     card = {**card, "lmp_hl": __version__, "optional_inputs": []}
     if isinstance(head, HistogramEnergy):
         card["histogram"] = {
             "num_bins": head.num_bins,
             "bin_width": float(head.bin_width),
             "sigma": head.sigma_in_bins,
+            "target": head.target,
             "entropy_floor": head.entropy_floor(),
             "bins": "uniform, centred on the atom's anchor energy",
+            "num_members": 1 + len(others),
         }
     for method in potential.uncertainty_methods():
         card.update(method.card())

@@ -202,8 +202,7 @@ def describe(path: str | Path) -> str:
         ),
         (
             "calibration",
-            f"{calibration['validation_atoms']} validation atoms; predicted/true force error "
-            f"{calibration['size_ratio']:.2f} (cross-validated)",
+            f"{calibration['validation_atoms']} validation atoms" + _size(calibration),
         ),
         ("rank of error", _ranking(calibration["ranking"])),
         ("versions", ", ".join(f"{k} {v}" for k, v in card["versions"].items())),
@@ -227,11 +226,21 @@ def _head(card: dict[str, Any]) -> str:
     if card["config"]["model"]["head"] == "scalar":
         return "scalar energy"
     bins = card["histogram"]
+    target = bins.get("target", "hlgauss")
+    kernel = f"sigma {bins['sigma']:g} bins" if target == "hlgauss" else f"{target} target"
+    members = bins.get("num_members", 1)
+    committee = f"committee of {members} heads: " if members > 1 else ""
     return (
-        f"HL-Gauss energy, {bins['num_bins']} bins of {1e3 * bins['bin_width']:.3g} meV around "
-        f"each atom's anchor, sigma {bins['sigma']:g} bins, entropy floor "
+        f"{committee}HL-Gauss energy, {bins['num_bins']} bins of "
+        f"{1e3 * bins['bin_width']:.3g} meV around each atom's anchor, {kernel}, entropy floor "
         f"{bins['entropy_floor']:.3f} nat"
     )
+
+
+def _size(calibration: dict[str, Any]) -> str:
+    if "size_ratio" not in calibration:  # without the default method
+        return ""
+    return f"; predicted/true force error {calibration['size_ratio']:.2f} (cross-validated)"
 
 
 def _ranking(ranking: dict[str, float]) -> str:

@@ -22,6 +22,7 @@ from lmp_hl.nn.heads import HistogramEnergy, invariants
 from lmp_hl.training import frames as fr
 from lmp_hl.training.config import ModelConfig
 from lmp_hl.training.module import build_potential
+from lmp_hl.uncertainty import DEFAULT
 
 ELEMENTS = ("Si", "O", "Cu")
 CUTOFF = 4.0
@@ -67,27 +68,34 @@ def randomize(potential, structures, elements, seed):
         inputs.append({**graph, fr.NUM_ATOMS: torch.tensor([len(structure)])})
     batch = fr.collate_graphs(inputs)
     fit_scales(potential.backbone, batch)
-    head, scales = potential.energy_head, potential.methods["scales"]
-    distance, force = scales.distance, scales.force_distribution
+    head, methods = potential.energy_head, potential.methods
     with torch.no_grad():
-        head.scale.fill_(0.2)
-        head.anchor.element_bias.weight.copy_(noise(head.anchor.element_bias.weight, 0.5))
-        if isinstance(head, HistogramEnergy):
-            head.set_bin_width(0.02)
-            head.log_tau.weight.copy_(noise(head.log_tau.weight, 0.1))
-            head.log_tau.bias.fill_(1.0)
-            head.delta.weight.copy_(noise(head.delta.weight, 0.3))
-            head.delta.bias.copy_(noise(head.delta.bias, 0.3))
-        force.location.weight.copy_(noise(force.location.weight, 0.2))
-        force.delta.copy_(noise(force.delta, 0.5))
-        force.shape_weight.copy_(noise(force.shape_weight, 1.0))
-        force.set_bin_width(0.05)
+        for method in potential.uncertainty_methods():
+            if method.trained:
+                for parameter in method.parameters():
+                    parameter.copy_(noise(parameter, 0.3))
+        for part in head.parts():
+            part.scale.fill_(0.2)
+            part.anchor.element_bias.weight.copy_(noise(part.anchor.element_bias.weight, 0.5))
+            if isinstance(part, HistogramEnergy):
+                head.set_bin_width(0.02)
+                part.log_tau.weight.copy_(noise(part.log_tau.weight, 0.1))
+                part.log_tau.bias.fill_(1.0)
+                part.delta.weight.copy_(noise(part.delta.weight, 0.3))
+                part.delta.bias.copy_(noise(part.delta.bias, 0.3))
+        if "scales" in methods:
+            distance, force = methods["scales"].distance, methods["scales"].force_distribution
+            force.location.weight.copy_(noise(force.location.weight, 0.2))
+            force.delta.copy_(noise(force.delta, 0.5))
+            force.shape_weight.copy_(noise(force.shape_weight, 1.0))
+            force.set_bin_width(0.05)
         potential.reference_energies.copy_(noise(potential.reference_energies, 3.0))
-        features = potential.backbone(batch)
-        x = invariants(features)
-        distance.mean.copy_(x.mean(0) + noise(distance.mean, 0.1))
-        distance.whiten.add_(noise(distance.whiten, 0.2))
-        distance.median.copy_(distance(features, batch["species"]).median())
+        if "scales" in methods:
+            features = potential.backbone(batch)
+            x = invariants(features)
+            distance.mean.copy_(x.mean(0) + noise(distance.mean, 0.1))
+            distance.whiten.add_(noise(distance.whiten, 0.2))
+            distance.median.copy_(distance(features, batch["species"]).median())
 
 
 @functools.cache
@@ -100,6 +108,7 @@ def make_potential(
     num_layers=None,
     seed=0,
     cutoff=CUTOFF,
+    methods=DEFAULT,
 ):
     """A small potential for the first `num_elements` of ELEMENTS; shared, so do not change it."""
     torch.manual_seed(seed)
@@ -114,6 +123,7 @@ def make_potential(
         num_layers=num_layers,
         num_bins=32,
         dtype=dtype,
+        uncertainty=methods,
     )
     elements = ELEMENTS[:num_elements]
     potential = build_potential(config, num_elements)

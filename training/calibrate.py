@@ -41,6 +41,7 @@ def calibrate(
         "validation_atoms": len(held.species),
         "force_rmse": float(held.errors.square().mean().sqrt()),
     }
+    summary.update(working.energy_head.fit(seen, held))
     for method in working.uncertainty_methods():
         summary.update(method.fit(seen, held))
     potential.load_state_dict(working.state_dict())
