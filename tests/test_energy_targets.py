@@ -93,7 +93,7 @@ def anchor_gradient(potential, batch, loss):
     handle.remove()
     energy = torch.zeros(2, dtype=torch.float64).index_add(0, batch[fr.BATCH], atoms.energy)
     value = loss(losses.Prediction(energy, torch.zeros(0), torch.zeros(0), atoms))
-    return float(value), torch.autograd.grad(value, anchors[0])[0]
+    return float(value.detach()), torch.autograd.grad(value, anchors[0])[0]
 
 
 @pytest.mark.parametrize("error", [0.01, -0.05, 3.0], ids=["near", "bins away", "outside"])
