@@ -211,19 +211,30 @@ def tiny_model(tmp_path_factory):
     return export_potential(make_potential(num_elements=2), ELEMENTS[:2], make_card(), path)
 
 
+class CompiledModels(dict):
+    """Preset -> hl.pt2, made when it is first asked for: each takes half a minute or more."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, preset):
+        from lmp_hl.compile import export_compiled
+
+        path = self.folder / f"{preset}.pt2"
+        self[preset] = export_compiled(calibrated(preset), ELEMENTS[:2], make_card(), path)
+        return path
+
+
 @pytest.fixture(scope="session")
 def compiled_models(tmp_path_factory):
-    """Preset -> float64 hl.pt2 of calibrated(preset), compiled for this CPU."""
+    """Preset -> float64 hl.pt2 of calibrated(preset), compiled for this CPU.
+
+    By default only "mp" is compiled, which has every kind of stage.
+    """
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("compiling a model needs g++")
-    from lmp_hl.compile import export_compiled
-
-    folder = tmp_path_factory.mktemp("compiled")
-    models = {}
-    for preset in ("local", "mp"):
-        path = folder / f"{preset}.pt2"
-        models[preset] = export_compiled(calibrated(preset), ELEMENTS[:2], make_card(), path)
-    return models
+    return CompiledModels(tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture
@@ -242,8 +253,9 @@ def network_folder(tmp_path_factory, request):
     path = tmp_path_factory.mktemp("network")
     write_models(path)
     if "pt2" in RUNTIMES:
-        for name, compiled in request.getfixturevalue("compiled_models").items():
-            shutil.copy(compiled, path / f"{name}.pt2")
+        compiled = request.getfixturevalue("compiled_models")
+        for name in ("local", "mp"):
+            shutil.copy(compiled[name], path / f"{name}.pt2")
     for name, atoms in STRUCTURES.items():
         write_start(path / f"{name}.start", atoms)
     return path

@@ -92,13 +92,13 @@ CASES += [("mp", "large", way) for way in ("extended", "device", "device_extende
 CASES += [("mp", name, "extended") for name in ("small_cell", "shrink_wrapped")]
 CASES += [("local", name, "device") for name in ("triclinic", "cluster")]
 CASES += [("local", "large", "portions"), ("mp", "isolated_periodic", "device")]
-CASES += [("local", name, "compiled") for name in ("triclinic", "cluster", "isolated")]
 CASES += [
     ("mp", n, "compiled") for n in ("large", "small_cell", "shrink_wrapped", "isolated_periodic")
 ]
 CASES += [("mp", "large", way) for way in ("compiled_extended", "compiled_portions")]
 CASES += [("ensemble_local", "triclinic", "default"), ("ensemble_mp", "large", "portions")]
-SLOW_CASES = [
+SLOW_CASES = [("local", name, "compiled") for name in ("triclinic", "cluster", "isolated")]
+SLOW_CASES += [
     ("ensemble_local", name, way)
     for name in ("triclinic", "cluster", "isolated", "large")
     for way in ("device", "portions", "compiled")
@@ -168,8 +168,7 @@ def case(model, name, way, ranks):
 def folder(tmp_path_factory, compiled_models):
     """Models and structures."""
     path = tmp_path_factory.mktemp("agreement")
-    for name, compiled in compiled_models.items():
-        shutil.copy(compiled, path / f"{name}.pt2")
+    shutil.copy(compiled_models["mp"], path / "mp.pt2")
     for name, potential in MODELS.items():
         export_potential(potential, SYMBOLS, make_card(), path / f"{name}.pt")
     for name, atoms in SYSTEMS.items():
@@ -234,15 +233,16 @@ def test_lammps_equals_python(folder, calculators, ranks, model, name, way):
 
 
 @pytest.fixture(scope="module")
-def compiled_ensembles(folder):
-    """The ensembles as hl.pt2, in the folder."""
+def more_compiled(folder, compiled_models):
+    """The ensembles and the strictly local potential as hl.pt2, in the folder."""
+    shutil.copy(compiled_models["local"], folder / "local.pt2")
     for name in ("ensemble_local", "ensemble_mp"):
         export_compiled(MODELS[name], SYMBOLS, make_card(), folder / f"{name}.pt2")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", RANKS)
-def test_ensembles_in_lammps_equal_python(folder, calculators, compiled_ensembles, ranks):
+def test_ensembles_in_lammps_equal_python(folder, calculators, more_compiled, ranks):
     run_cases(folder, ranks, slow=True)
     for case_ in SLOW_CASES:
         compare(folder, calculators, ranks, *case_)
