@@ -35,7 +35,13 @@ FORCE_ENTROPY: Final = (
     "force_entropy"  # (num_owned,) nats, entropy of the calibrated force histogram
 )
 FORCE_STD: Final = "force_std"  # (num_owned,) eV/Å, calibrated error of one force component
+FORCE_BOUND: Final = (
+    "force_bound"  # (num_owned,) eV/Å, above the error sqrt(|dF|^2/3) with the coverage in the card
+)
 DISTANCE: Final = "distance"  # (num_owned,) dimensionless, feature distance / validation median
+EXTRAPOLATING: Final = (
+    "extrapolating"  # (num_owned,) 1 where the distance is beyond the threshold in the card, else 0
+)
 MEMBERS: Final = "members"  # reserved: (num_owned, num_members) eV, coherent samples of the energy
 
 FIELD_UNITS: Final = {
@@ -44,5 +50,7 @@ FIELD_UNITS: Final = {
     EXCESS_ENTROPY: "nat",
     FORCE_ENTROPY: "nat",
     FORCE_STD: "eV/Angstrom",
+    FORCE_BOUND: "eV/Angstrom",
     DISTANCE: "1",
+    EXTRAPOLATING: "1",
 }

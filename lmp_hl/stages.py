@@ -107,11 +107,11 @@ class Stages(nn.Module):
         out = [energy]
         out += _zeros_for_none(list(found), wanted)
         if with_fields:
-            features = Features(features.scalars.detach(), features.tensors.detach())
-            fields = self.potential.fields(features, head, inputs[0])
+            with torch.no_grad():
+                fields = self.potential.fields(features, head, inputs[0])
             fields[keys.ENERGY] = energy
             for name in self.fields:
-                out.append(fields[name].detach())
+                out.append(fields[name])
         return out
 
 

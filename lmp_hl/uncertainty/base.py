@@ -85,6 +85,27 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def calibrate(self, held: Atoms) -> dict[str, Any]:
+        """Fit anew what has a size, and keep what `fit` learnt from the training frames.
+
+        Args:
+            held: as in `fit`; other frames, perhaps of another kind.
+
+        Returns:
+            As `fit`.
+
+        Raises:
+            ValueError: the method cannot, or these frames are not enough for it.
+        """
+        raise ValueError(
+            f"uncertainty method {type(self).__name__} is fitted with the training frames only; "
+            "train again with these frames as data.valid"
+        )
+
+    def available_fields(self) -> list[str]:
+        """Those of FIELDS that what was fitted can answer for; a model file offers no others."""
+        return list(self.FIELDS)
+
     def card(self) -> dict[str, Any]:
         """What a model card says about the method besides what `fit` found."""
         return {}
