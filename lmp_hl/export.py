@@ -60,7 +60,8 @@ class ExportedPotential(nn.Module):
             self_test_structure(elements), elements, self.cutoff, self.num_layers, self.dtype
         )
         outputs = potential(dict(self.selftest_inputs), True, False)
-        self.selftest_outputs = {k: v.detach() for k, v in outputs.items()}
+        told = (keys.EDGE_GRADIENTS, *self.fields)
+        self.selftest_outputs = {name: outputs[name].detach() for name in told}
 
     def forward(
         self, inputs: dict[str, Tensor], with_fields: bool, keep_graph: bool

@@ -42,6 +42,17 @@ class Atoms(NamedTuple):
         """Frames in the set."""
         return len(self.energy_errors)
 
+    def double(self) -> "Atoms":
+        """The same in float64, in which methods are fitted."""
+        return Atoms(
+            Features(*(x.double() for x in self.features)),
+            AtomicEnergy(*(x.double() for x in self.energy)),
+            self.species,
+            self.frame,
+            self.errors.double(),
+            self.energy_errors.double(),
+        )
+
     def rows(self, index: Tensor) -> "Atoms":
         """Some of the atoms; energy_errors stay those of all frames."""
         features = Features(self.features.scalars[index], self.features.tensors[:, index])

@@ -1,5 +1,7 @@
 """How far an atom's features are from those of the training set."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -78,7 +80,7 @@ class FeatureDistance(nn.Module):
         """
         self.median.fill_(1.0)
         median = self(invariants(held.features), held.species).median()
-        if not bool(torch.isfinite(median) & (median > 0)):
+        if not 1e-5 < float(median) < math.inf:  # 1e-6 is what is left of no distance at all
             raise ValueError(
                 f"the feature statistics of the model give a median distance of {float(median):g}: "
                 "they are missing or their covariance is singular; train and export it again"
