@@ -118,8 +118,9 @@ class Predictions:
 
     @property
     def sizes(self) -> list[str]:
-        """Fields that claim the size of a force error: those in eV/Å."""
-        return [n for n in self.fields if self.field_units[n] == "eV/Angstrom"]
+        """Fields that claim the size of a force error: those in eV/Å that are no bound."""
+        known = [n for n in self.fields if self.field_units[n] == "eV/Angstrom"]
+        return [n for n in known if n != keys.FORCE_BOUND]
 
     @property
     def kinds(self) -> NDArray[np.str_]:
@@ -297,6 +298,18 @@ def _accuracy(p: Predictions, resampling: _Resampling) -> dict[str, Any]:
             lambda w: metrics.rmse(per_frame[known], w[known]), p.num_frames
         )
     report["calibration"] = {name: _calibration(p, name, resampling) for name in p.sizes}
+    # as promised: every frame counts the same, however many atoms it has
+    kept = {}
+    if keys.FORCE_BOUND in p.fields:
+        kept["errors_within_force_bound"] = p.error <= p.fields[keys.FORCE_BOUND]
+    if keys.EXTRAPOLATING in p.fields:
+        kept["atoms_not_extrapolating"] = p.fields[keys.EXTRAPOLATING] == 0
+    report["promises"] = {}
+    for name, values in kept.items():
+        shares = p.per_frame(values.astype(np.float64), "mean")
+        report["promises"][name] = resampling.interval(
+            lambda w, x=shares: float(w @ x / w.sum()), p.num_frames
+        )
     return report
 
 
@@ -532,7 +545,7 @@ def write_figures(
             folder / "parity.png",
         )
     ]
-    for name in first.fields:
+    for name in (n for n in first.fields if n != keys.EXTRAPOLATING):  # a flag is no axis
         paths.append(
             plots.uncertainty_error(
                 {n: (p.fields[name], p.error) for n, p in ordered.items()},
@@ -612,6 +625,14 @@ def print_report(numbers: Mapping[str, Any], console: Any = None) -> None:
                         *(f"{values['size_ratio'][n]:.2f}" for n in sizes), style="dim",
                     )  # fmt: skip
     console.print(errors)
+    for name, s in numbers["sets"].items():
+        for kept, share in s["promises"].items():
+            stated = numbers.get("coverage")
+            promise = f" (promised for frames like the validation frames: {stated:.0%})"
+            console.print(
+                f"  {name}: {kept.replace('_', ' ')}: {cell(share, '.1%')}"
+                + (promise if stated else "")
+            )
 
     which = next(iter(numbers["ranking"]))
     title = "Spearman's rho with the force error" + ("" if which == "data" else f", {which} frames")
@@ -684,7 +705,12 @@ def run(
     frames = {name: read(path, model.elements, **label_keys) for name, path in paths.items()}
     sets = {n: predict(model, f, str(paths[n]), progress) for n, f in frames.items()}
     numbers = report(next(iter(sets.values())), sets.get("seen"), num_resamples)
-    numbers = {"model": str(model_path), "files": {n: str(p) for n, p in paths.items()}, **numbers}
+    numbers = {
+        "model": str(model_path),
+        "files": {n: str(p) for n, p in paths.items()},
+        "coverage": model.card.get("conformal", {}).get("coverage"),
+        **numbers,
+    }
     print_report(numbers)
     if json_path is not None:
         write_json(json_path, numbers)

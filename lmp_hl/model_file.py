@@ -235,9 +235,9 @@ def _promises(card: dict[str, Any]) -> str:
     found = card["conformal"]
     return (
         f"force_bound is {found['force_bound_over_force_std']:.2f} force_std, above "
-        f"{found['coverage']:.0%} of the errors; extrapolating: distance beyond "
-        f"{found['extrapolating_beyond_distance']:.2f}, in {1 - found['coverage']:.0%} of frames "
-        "(of frames like the validation frames)"
+        f"{found['coverage']:.0%} of the errors; extrapolating is a distance beyond "
+        f"{found['extrapolating_beyond_distance']:.2f}, at most {1 - found['coverage']:.0%} of the "
+        "atoms; both in frames like the validation frames only"
     ).replace("%", " %")
 
 

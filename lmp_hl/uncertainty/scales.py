@@ -8,10 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from e3nn import o3
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import histogram, keys
@@ -20,8 +18,6 @@ from ..nn.heads import AtomicEnergy, invariants
 from . import conformal
 from .base import Atoms, Method, Sizes
 from .distance import FeatureDistance
-
-Array = NDArray[Any]
 
 FOLDS = 4
 # on the weights of the force distribution's location; the largest makes it constant per element
@@ -220,9 +216,9 @@ class Scales(Method):
     stated one where the folds' fits are nearly those of the whole, and without that not proven
     beyond 1 - 2 (1 - coverage) (Barber et al. 2021).
 
-    `extrapolating` is 1 where `distance` is beyond what a share (the coverage in the card) of
-    validation frames reach with their farthest atom: another frame of their size and kind has any
-    such atom with a probability of at most 1 - coverage.
+    `extrapolating` is 1 where `distance` is beyond the same quantile of the validation frames'
+    distances: at most a share 1 - coverage of the atoms of such frames is flagged, so a larger
+    share says that these are other frames.
 
     Fewer than conformal.MIN_FRAMES frames allow neither, and the model file offers neither then.
     """
@@ -331,23 +327,17 @@ class Scales(Method):
         head.set_bin_width(float(std.median()))
 
         size = held.errors.square().mean(1).sqrt()
-        self._promise((size / cross_std).numpy(), distance.numpy(), held.frame.numpy())
+        frame, coverage = held.frame.numpy(), conformal.attainable_coverage(held.num_frames)
+        self.coverage.fill_(coverage)
+        if coverage > 0:
+            scores = (size / cross_std).numpy()
+            self.bound_factor.fill_(conformal.pooled_quantile(scores, frame, coverage))
+            self.reach.fill_(conformal.pooled_quantile(distance.numpy(), frame, coverage))
         return {
             "penalty": penalty,
             "size_ratio": float((cross_std.square().mean() / size.square().mean()).sqrt()),
             "rank_correlation": best,
         }
-
-    def _promise(self, scores: Array, distance: Array, frame: Array) -> None:
-        """Set what force_bound and extrapolating promise, as far as the number of frames allows."""
-        frames, index = np.unique(frame, return_inverse=True)
-        farthest = np.zeros(len(frames))
-        np.maximum.at(farthest, index, distance)
-        coverage = conformal.attainable_coverage(len(frames))
-        self.coverage.fill_(coverage)
-        if coverage > 0:
-            self.bound_factor.fill_(conformal.pooled_quantile(scores, frame, coverage))
-            self.reach.fill_(conformal.pooled_quantile(farthest, frames, coverage))
 
 
 def _above_noise(errors: Tensor, noise: Tensor) -> Tensor:
