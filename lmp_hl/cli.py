@@ -91,7 +91,10 @@ def _label_keys(args: argparse.Namespace) -> dict[str, Any]:
 def _analyze(args: argparse.Namespace) -> int:
     from lmp_hl import analysis
 
-    analysis.run(args.trajectory, args.out, args.axis, dict(args.threshold))
+    analysis.run(
+        args.trajectory, args.out, args.axis, dict(args.threshold), number=args.select,
+        radius=args.environment, model_path=args.model,
+    )  # fmt: skip
     return 0
 
 
@@ -213,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     labels(p)
 
     p = verb(
-        "analyze", _analyze, "tables and figures of the uncertainty in a trajectory",
+        "analyze", _analyze, "the uncertainty along a trajectory: tables, figures, frames to label",
         "lmp-hl analyze traj.h5md --out figures/ --threshold force_std=0.3",
     )  # fmt: skip
     p.add_argument("trajectory", type=Path, metavar="traj.h5md")
@@ -222,6 +225,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--threshold", type=_threshold, action="append", default=[], metavar="FIELD=VALUE",
         help="count atoms above it (default: median + 5 robust standard deviations of frame 0)",
+    )  # fmt: skip
+
+    p.add_argument(
+        "--select", type=int, metavar="N",
+        help="write the N most uncertain and most different frames as selected.xyz, to be labelled",
+    )  # fmt: skip
+    p.add_argument(
+        "--environment", type=float, metavar="R",
+        help="with --select: not frames, but what is within R Å of uncertain atoms",
+    )  # fmt: skip
+    p.add_argument(
+        "--model", type=Path, metavar="hl.pt",
+        help="with --select: tell environments apart by its features (default: by the geometry)",
     )  # fmt: skip
 
     p = verb(

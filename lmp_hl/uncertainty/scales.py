@@ -27,7 +27,7 @@ PENALTIES = (1e6, 1.0, 1e-1, 1e-2)
 NOISE = 0.2
 
 
-def _trace_series(num_p: int = 9, num_q: int = 6) -> Tensor:
+def _trace_series(num_p: int = 8, num_q: int = 5) -> Tensor:
     """Coefficients K of tr exp(G) = sum_ij K_ij p^i q^j, p = tr(G^2)/2, q = det(G), tr(G) = 0.
 
     From sum_n tr(G^n) / n! with the power sums of the roots of x^3 = p x + q. Exact to rounding for
@@ -59,6 +59,14 @@ def _exponential(g: Tensor) -> Tensor:
     return a[:, None, None] * one + b[:, None, None] * g + c[:, None, None] * square
 
 
+def _powers(x: Tensor, number: int) -> Tensor:
+    """1, x, x^2, ... (n, number) of x (n,); products, because pow is slow."""
+    found = [torch.ones_like(x), x]
+    for k in range(2, number):
+        found.append(found[k // 2] * found[k - k // 2])
+    return torch.stack(found, 1)
+
+
 class ForceScales(NamedTuple):
     """Of force errors: logits (num_atoms, num_scales), generator G (num_atoms, 3, 3) of the shape.
 
@@ -84,7 +92,6 @@ class ForceDistribution(nn.Module):
     tensor_rms: Tensor
     cartesian: Tensor
     trace_series: Tensor
-    powers: Tensor
     bin_width: Tensor
     masses: Tensor
 
@@ -108,8 +115,6 @@ class ForceDistribution(nn.Module):
         self.register_buffer("cartesian", cartesian.permute(2, 0, 1).to(torch.get_default_dtype()))
         series = _trace_series()
         self.register_buffer("trace_series", series.to(torch.get_default_dtype()), persistent=False)
-        powers = torch.arange(float(max(series.shape)))
-        self.register_buffer("powers", powers, persistent=False)
         # masses of N(0, sigma^2) for log-spaced sigma, each way as many again as there are scales
         self.num_extra = num_scales
         self.spacing = math.log(1e4) / (num_scales - 1)
@@ -187,9 +192,7 @@ class ForceDistribution(nn.Module):
         """Trace of C = exp(G), (num_atoms,), from the two invariants of G; see _trace_series."""
         p = 0.5 * generator.pow(2).sum((1, 2))
         q = (torch.linalg.cross(generator[:, 0], generator[:, 1]) * generator[:, 2]).sum(1)
-        of_p = torch.pow(p.unsqueeze(1), self.powers[: self.trace_series.shape[0]])
-        of_q = torch.pow(q.unsqueeze(1), self.powers[: self.trace_series.shape[1]])
-        return ((of_p @ self.trace_series) * of_q).sum(1)
+        return ((_powers(p, 8) @ self.trace_series) * _powers(q, 5)).sum(1)
 
     def log_density(self, force: ForceScales, factor: Tensor, errors: Tensor) -> Tensor:
         """Log p(dF) of each atom; errors (num_atoms, 3) in eV/Å -> (num_atoms,)."""
