@@ -15,8 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def provenance() -> dict[str, object]:
     """For a JSON file; `load` is the number of processes that wanted a core in the last minute."""
+    # where folders lie is nobody's business: their names are enough
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return {
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *words]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(),
         "versions": {

@@ -32,7 +32,6 @@ from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
 from lmp_hl.lammps import command
 from lmp_hl.nn.backbone import fit_scales
-from lmp_hl.stages import Stages
 from lmp_hl.training import frames as fr
 from lmp_hl.training.checkpoint import export_checkpoint, load_checkpoint
 from lmp_hl.training.config import ModelConfig
@@ -178,7 +177,7 @@ def export_models(checkpoint: Path, folder: Path) -> tuple[int, float]:
         card["name"] = "random weights"
         export_potential(potential, elements, card, folder / "mp.pt")
         export_checkpoint(checkpoint, folder / "local.pt")
-    return Stages(potential, []).num_features, config.cutoff
+    return potential.backbone.num_features, config.cutoff
 
 
 MODELS = {

@@ -23,7 +23,9 @@ class HLCalculator(Calculator):
         device: torch device.
 
     The fields (entropy, force_std, distance, ...) stand in `atoms.calc.results` as (num_atoms,)
-    arrays in the units of `model.field_units`; `energies` are per-atom energies.
+    arrays in the units of `model.field_units`; `energies` are per-atom energies. Of an ensemble,
+    `members` are those of each member, (num_atoms, num_members): the total energy is known to about
+    `results["members"].sum(0).std(ddof=1)`.
 
     Raises:
         ValueError: the model cannot be opened (see model_file.load), or an atom's element is
@@ -77,3 +79,5 @@ class HLCalculator(Calculator):
         for field in self.model.fields:
             if field != keys.ENERGY:
                 self.results[field] = np.asarray(outputs[field].double())
+        if keys.MEMBERS in outputs:
+            self.results[keys.MEMBERS] = outputs[keys.MEMBERS].numpy()

@@ -43,13 +43,21 @@ def _train(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from lmp_hl.training.checkpoint import export_checkpoint
 
+    if args.model.suffix == ".ckpt":
+        raise ValueError(f"{args.model}: the last word is the file to write, such as hl.pt")
     if args.runtime != "aoti" and (args.device != "cpu" or args.cpu_isa != "native"):
         raise ValueError(
             "--device and --cpu-isa are of compiled models; a TorchScript hl.pt runs on all "
             "(add --runtime aoti, or leave them away)"
         )
     export_checkpoint(
-        args.checkpoint, args.model, args.runtime, args.dtype, args.device, args.cpu_isa
+        args.checkpoints,
+        args.model,
+        args.runtime,
+        args.dtype,
+        args.device,
+        args.cpu_isa,
+        args.valid,
     )
     print(f"wrote {args.model}")
     return 0
@@ -163,10 +171,17 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb(
         "export", _export, "write a trained checkpoint as a model file for LAMMPS and Python",
-        "lmp-hl export runs/silicon/model.ckpt hl.pt   (compiled: --runtime aoti ... hl.pt2)",
+        "lmp-hl export runs/silicon/model.ckpt hl.pt   (compiled: --runtime aoti ... hl.pt2; "
+        "an ensemble: a.ckpt b.ckpt c.ckpt hl.pt)",
     )  # fmt: skip
-    p.add_argument("checkpoint", type=Path, metavar="CKPT")
+    p.add_argument(
+        "checkpoints", type=Path, nargs="+", metavar="CKPT", help="several: one ensemble of them"
+    )
     p.add_argument("model", type=Path, metavar="hl.pt")
+    p.add_argument(
+        "--valid", type=Path, metavar="DATA.xyz",
+        help="frames that no member of an ensemble was trained on: calibrates ensemble_force_std",
+    )  # fmt: skip
     p.add_argument(
         "--runtime", choices=["torchscript", "aoti"], default="torchscript",
         help="torchscript: hl.pt, for any device; aoti: hl.pt2, compiled for one, faster",

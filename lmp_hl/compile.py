@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import keys, stages
+from .ensemble import Ensemble
 from .export import TOLERANCE, ExportedPotential, make_exported, replace_file, to_bytes
 from .model_file import load
 from .potential import Potential
@@ -28,7 +29,7 @@ from .runtime import BUILD_RECORD, TORCHSCRIPT_RECORD, Build, CompiledStages, st
 
 
 def export_compiled(
-    potential: Potential,
+    potential: Potential | Ensemble,
     elements: Sequence[str],
     card: dict[str, Any],
     path: str | Path,
@@ -39,7 +40,7 @@ def export_compiled(
     """Compile a potential, compare every stage with the network it was made from, write the file.
 
     Args:
-        potential: trained and calibrated.
+        potential: trained and calibrated; or several.
         elements: chemical symbols in the order of its species indices.
         card: what the file should say about its origin.
         path: of the file to write; replaced only when everything went well.
@@ -81,7 +82,7 @@ def export_compiled(
             log(f"not tested: this CPU lacks {' '.join(missing)}")
             return
         load(temporary, device)
-        compiled = CompiledStages(temporary, exported.num_layers, device)
+        compiled = CompiledStages(temporary, exported, device)
         _compare(exported, parts, compiled, device)
 
     return replace_file(path, content, check)
@@ -132,14 +133,15 @@ def _example(
     f = parts.num_features
     size = {"n": f + 1, "m": f + 2, "e": f + 3}
     dims = {key: torch.export.Dim(key, min=0) for key in size}
-    dtype = parts.potential.backbone.radial.frequencies.dtype
+    radial = parts.ensemble.potentials()[0].backbone.radial
+    dtype = radial.frequencies.dtype
     first = name.startswith("layer0") or parts.num_layers == 1
 
     def indices(*shape: str) -> tuple[Tensor, dict[int, Any]]:
         return torch.zeros([size[s] for s in shape], dtype=torch.int64), {0: dims[shape[0]]}
 
     edges = torch.stack([torch.arange(size["e"]) % size["n"], torch.arange(size["e"]) % size["m"]])
-    vectors = torch.full((size["e"], 3), 0.3 * parts.potential.backbone.radial.cutoff, dtype=dtype)
+    vectors = torch.full((size["e"], 3), 0.3 * radial.cutoff, dtype=dtype)
     inputs = [indices("n")]
     if first:
         inputs.append(indices("m"))
@@ -235,6 +237,7 @@ class _Compared(stages.Runtime):
 
     def __init__(self, eager: stages.Stages, compiled: CompiledStages, tolerance: float) -> None:
         self.eager, self.compiled, self.tolerance = eager, compiled, tolerance
+        self.fields, self.node_field_names = eager.fields, eager.node_field_names
 
     def _same(self, name: str, got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         for k, (x, y) in enumerate(zip(got, expected, strict=True)):
@@ -266,6 +269,9 @@ class _Compared(stages.Runtime):
         self._same("final", self.compiled.final(inputs, with_fields), expected)
         return expected
 
+    def node_fields(self, forces: Tensor) -> list[Tensor]:
+        return self.eager.node_fields(forces)
+
 
 def _compare(
     exported: ExportedPotential, eager: stages.Stages, compiled: CompiledStages, device: str
@@ -283,7 +289,7 @@ def _compare(
         on_host = (keys.LAYER_NODES, keys.LAYER_EDGES)
         graph = {k: v if k in on_host else v.to(device) for k, v in graph.items()}
         for with_fields in (False, True):
-            stages.evaluate(runtime, graph, exported.fields, with_fields)
+            stages.evaluate(runtime, graph, with_fields)
 
 
 if __name__ == "__main__":  # one process of _compile_stages

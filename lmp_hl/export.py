@@ -14,6 +14,7 @@ from ase.data import atomic_masses, atomic_numbers, covalent_radii
 from torch import Tensor, nn
 
 from . import __version__, keys
+from .ensemble import Ensemble
 from .graph import graph_inputs
 from .model_file import FORMAT_VERSION, load
 from .nn.heads import HistogramEnergy
@@ -25,7 +26,7 @@ TOLERANCE = {"float32": 2e-4, "float64": 1e-9}
 
 
 class ExportedPotential(nn.Module):
-    """A Potential with everything its file must say, as attributes that C++ can read."""
+    """An Ensemble with everything its file must say, as attributes that C++ can read."""
 
     format_version: int
     elements: list[str]
@@ -41,33 +42,34 @@ class ExportedPotential(nn.Module):
     selftest_outputs: dict[str, Tensor]
     selftest_tolerance: float
 
-    def __init__(self, potential: Potential, elements: Sequence[str], card: dict[str, Any]) -> None:
+    def __init__(self, ensemble: Ensemble, elements: Sequence[str], card: dict[str, Any]) -> None:
         super().__init__()
+        first = ensemble.potentials()[0]
         self.format_version = FORMAT_VERSION
         self.elements = list(elements)
         self.masses = [float(atomic_masses[atomic_numbers[element]]) for element in elements]
-        self.cutoff = float(potential.backbone.radial.cutoff)
-        self.num_layers = 1 + len(potential.backbone.message_layers)
-        dtype = next(potential.parameters()).dtype
+        self.cutoff = float(first.backbone.radial.cutoff)
+        self.stages = Stages(ensemble)
+        self.num_layers = self.stages.num_layers
+        dtype = next(first.parameters()).dtype
         self.dtype = str(dtype).removeprefix("torch.")
         self.units = "metal"
-        self.fields = [keys.ENERGY, *potential.field_names()]
-        self.stages = Stages(potential, self.fields)
+        self.fields = self.stages.fields + self.stages.node_field_names
         self.field_units = [keys.FIELD_UNITS[field] for field in self.fields]
         self.selftest_tolerance = TOLERANCE[self.dtype]
         self.card = json.dumps(card, indent=1)
         self.selftest_inputs = graph_inputs(
             self_test_structure(elements), elements, self.cutoff, self.num_layers, self.dtype
         )
-        outputs = potential(dict(self.selftest_inputs), True, False)
+        outputs = ensemble(dict(self.selftest_inputs), True, False)
         told = (keys.EDGE_GRADIENTS, *self.fields)
         self.selftest_outputs = {name: outputs[name].detach() for name in told}
 
     def forward(
         self, inputs: dict[str, Tensor], with_fields: bool, keep_graph: bool
     ) -> dict[str, Tensor]:
-        """Inputs of keys.py -> outputs of keys.py, see Potential.forward."""
-        return self.stages.potential(inputs, with_fields, keep_graph)
+        """Inputs of keys.py -> outputs of keys.py, see Ensemble.forward."""
+        return self.stages.ensemble(inputs, with_fields, keep_graph)
 
 
 def self_test_structure(elements: Sequence[str]) -> Atoms:
@@ -83,12 +85,12 @@ def self_test_structure(elements: Sequence[str]) -> Atoms:
 
 
 def export_potential(
-    potential: Potential, elements: Sequence[str], card: dict[str, Any], path: str | Path
+    potential: Potential | Ensemble, elements: Sequence[str], card: dict[str, Any], path: str | Path
 ) -> Path:
     """Script a potential, write it, and read it back.
 
     Args:
-        potential: trained and calibrated.
+        potential: trained and calibrated; or several.
         elements: chemical symbols in the order of its species indices.
         card: what the file should say about its origin; histogram and version are added.
         path: of the file to write; replaced only when everything went well.
@@ -101,23 +103,27 @@ def export_potential(
 
 
 def make_exported(
-    potential: Potential, elements: Sequence[str], card: dict[str, Any]
+    potential: Potential | Ensemble, elements: Sequence[str], card: dict[str, Any]
 ) -> ExportedPotential:
     """The module a model file holds; arguments of export_potential."""
-    potential = potential.eval().requires_grad_(False)
-    head = potential.energy_head
+    ensemble = potential if isinstance(potential, Ensemble) else Ensemble([potential])
+    ensemble = ensemble.eval().requires_grad_(False)
+    potential = ensemble.potentials()[0]
+    head, *others = potential.energy_head.parts()
     card = {**card, "lmp_hl": __version__, "optional_inputs": []}
     if isinstance(head, HistogramEnergy):
         card["histogram"] = {
             "num_bins": head.num_bins,
             "bin_width": float(head.bin_width),
             "sigma": head.sigma_in_bins,
+            "target": head.target,
             "entropy_floor": head.entropy_floor(),
             "bins": "uniform, centred on the atom's anchor energy",
+            "num_members": 1 + len(others),
         }
     for method in potential.uncertainty_methods():
         card.update(method.card())
-    return ExportedPotential(potential, elements, card).eval()
+    return ExportedPotential(ensemble, elements, card).eval()
 
 
 def to_bytes(exported: ExportedPotential) -> bytes:

@@ -82,6 +82,36 @@ def hl_gauss(targets: Tensor, edges: Tensor, sigma: Tensor) -> Tensor:
     return mass / mass.sum(-1, keepdim=True)
 
 
+def two_hot(targets: Tensor, edges: Tensor) -> Tensor:
+    """All mass on the two bins whose centres enclose the target, so that their mean is the target.
+
+    Args:
+        targets: (...,); those beyond the outermost centres are taken there.
+        edges: (num_bins + 1,) of uniform bins.
+
+    Returns:
+        (..., num_bins); rows sum to 1.
+    """
+    centers = bin_centers(edges)
+    width = edges[1] - edges[0]
+    inside = torch.minimum(torch.maximum(targets, centers[0]), centers[-1]).unsqueeze(-1)
+    return torch.relu(1.0 - ((inside - centers) / width).abs())
+
+
+def one_hot(targets: Tensor, edges: Tensor) -> Tensor:
+    """All mass on the bin that holds the target; its centre is off by up to half a bin.
+
+    Args:
+        targets: (...,); those outside the support are taken at its nearest bin.
+        edges: (num_bins + 1,) ascending, uniform or not.
+
+    Returns:
+        (..., num_bins).
+    """
+    bins = torch.searchsorted(edges[1:-1].contiguous(), targets.contiguous(), right=True)
+    return torch.nn.functional.one_hot(bins, edges.shape[0] - 1).to(edges.dtype)
+
+
 def cross_entropy(target_probs: Tensor, logits: Tensor) -> Tensor:
     """-sum_k p_k log softmax(logits)_k of each row, in nats; (..., num_bins) -> (...,)."""
     return -(target_probs * torch.log_softmax(logits, dim=-1)).sum(-1)
@@ -159,3 +189,20 @@ def entropy_floor(sigma: float, bin_width: float) -> float:
         The floor in nats.
     """
     return 0.5 * math.log(2.0 * math.pi * math.e * ((sigma / bin_width) ** 2 + 1.0 / 12.0))
+
+
+def mean_entropy_of_kernel(sigma: float) -> float:
+    """Entropy of `hl_gauss` averaged over where in its bin the target falls, for any width.
+
+    What entropy_floor approximates for sigma >= 0.7 w; here by quadrature.
+
+    Args:
+        sigma: standard deviation of the target kernel in bin widths.
+
+    Returns:
+        The floor in nats; 0 in the limit of a narrow kernel.
+    """
+    targets = (torch.arange(256, dtype=torch.float64) + 0.5) / 256
+    edges = uniform_edges(2 * math.ceil(8.0 * sigma + 1.0), 1.0)
+    probs = hl_gauss(targets, edges, torch.full_like(targets, sigma))
+    return float(entropy(probs).mean())

@@ -42,7 +42,26 @@ DISTANCE: Final = "distance"  # (num_owned,) dimensionless, feature distance / v
 EXTRAPOLATING: Final = (
     "extrapolating"  # (num_owned,) 1 where the distance is beyond the threshold in the card, else 0
 )
-MEMBERS: Final = "members"  # reserved: (num_owned, num_members) eV, coherent samples of the energy
+ENSEMBLE_FORCE_STD: Final = (
+    "ensemble_force_std"  # (num_owned,) float64, eV/Å, calibrated disagreement of a force component
+)
+ENSEMBLE_ENERGY_STD: Final = (
+    "ensemble_energy_std"  # (num_owned,) float64, eV, disagreement of the per-atom energies
+)
+
+# of an ensemble only: coherent samples of the whole potential, each with the elements' references
+MEMBERS: Final = "members"  # (num_owned, num_members) float64, eV, per-atom energies of the members
+MEAN_VARIANCE_FORCE_STD: Final = "mean_variance_force_std"  # (num_owned,) eV/Å, one component
+MEAN_VARIANCE_ENERGY_STD: Final = (
+    "mean_variance_energy_std"  # (num_owned,) eV; squares add up to the variance of the total
+)
+EVIDENTIAL_FORCE_STD: Final = "evidential_force_std"  # (num_owned,) eV/Å, both parts together
+EVIDENTIAL_ALEATORIC_STD: Final = "evidential_aleatoric_std"  # (num_owned,) eV/Å
+EVIDENTIAL_EPISTEMIC_STD: Final = "evidential_epistemic_std"  # (num_owned,) eV/Å
+COMMITTEE_ENTROPY: Final = "committee_entropy"  # (num_owned,) nats, of the mean of the heads
+ALEATORIC_ENTROPY: Final = "aleatoric_entropy"  # (num_owned,) nats, mean of the heads' entropies
+MUTUAL_INFORMATION: Final = "mutual_information"  # (num_owned,) nats, the difference of the two
+COMMITTEE_ENERGY_STD: Final = "committee_energy_std"  # (num_owned,) eV, over the heads
 
 FIELD_UNITS: Final = {
     ENERGY: "eV",
@@ -53,4 +72,15 @@ FIELD_UNITS: Final = {
     FORCE_BOUND: "eV/Angstrom",
     DISTANCE: "1",
     EXTRAPOLATING: "1",
+    ENSEMBLE_FORCE_STD: "eV/Angstrom",
+    ENSEMBLE_ENERGY_STD: "eV",
+    MEAN_VARIANCE_FORCE_STD: "eV/Angstrom",
+    MEAN_VARIANCE_ENERGY_STD: "eV",
+    EVIDENTIAL_FORCE_STD: "eV/Angstrom",
+    EVIDENTIAL_ALEATORIC_STD: "eV/Angstrom",
+    EVIDENTIAL_EPISTEMIC_STD: "eV/Angstrom",
+    COMMITTEE_ENTROPY: "nat",
+    ALEATORIC_ENTROPY: "nat",
+    MUTUAL_INFORMATION: "nat",
+    COMMITTEE_ENERGY_STD: "eV",
 }

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
+from scipy.special import erf
+from scipy.stats import norm, theilslopes
 
 Array = NDArray[np.float64]
 
@@ -158,7 +159,7 @@ def auroc(
         held_out_weights: (num_held_out,).
 
     Returns:
-        Dimensionless in [0, 1]; 0.5 tells nothing.
+        Dimensionless in [0, 1]; 0.5 tells nothing; nan where the weights leave a set empty.
     """
     low, high = _samples("seen", seen), _samples("held_out", held_out)
     if not low.size or not high.size:
@@ -167,7 +168,60 @@ def auroc(
     num = int(codes.max()) + 1
     below = np.bincount(codes[: low.size], _weights(seen_weights, low), num)
     here = np.bincount(codes[low.size :], _weights(held_out_weights, high), num)
-    return float(here @ (np.cumsum(below) - below / 2) / (below.sum() * here.sum()))
+    pairs = below.sum() * here.sum()
+    return float(here @ (np.cumsum(below) - below / 2) / pairs) if pairs > 0 else float("nan")
+
+
+class RiskCoverage:
+    """How much error is avoided by leaving out the samples a signal distrusts, reweighted.
+
+    Keep the fraction c of samples with the smallest signal; the risk R(c) is their mean error, and
+    A = ∫ R(c) dc the area under the risk-coverage curve (Geifman et al., arXiv 1805.08206). What is
+    returned compares it with leaving out at random, where R is the mean error for every c, and with
+    knowing the errors themselves:
+
+        gain = (mean - A_signal) / (mean - A_error),
+
+    the prediction rejection ratio (Malinin et al., arXiv 2002.07650). Samples with equal signals
+    are left out in random order, in expectation.
+    """
+
+    def __init__(self, signals: Sequence[ArrayLike], error: ArrayLike) -> None:
+        """Sort the samples.
+
+        Args:
+            signals: num_signals times (num_samples,), any unit; larger should mean a larger error.
+            error: (num_samples,) any unit, not negative.
+        """
+        self._error = _samples("error", error)
+        columns = [self._error, *(_samples("signal", s, self._error) for s in signals)]
+        self._codes = [np.unique(column, return_inverse=True)[1] for column in columns]
+
+    def __call__(self, weights: ArrayLike | None = None) -> Array:
+        """One set of weights (num_samples,) to the gains (num_signals,); 1 is best, 0 is chance.
+
+        nan where all errors are equal.
+        """
+        w = _weights(weights, self._error)
+        mean = w @ self._error / w.sum()
+        best, *areas = (self._area(codes, w) for codes in self._codes)
+        if not mean - best > 1e-12 * mean:
+            return np.full(len(areas), np.nan)
+        return np.asarray((mean - np.array(areas)) / (mean - best))
+
+    def _area(self, codes: NDArray[np.int64], w: Array) -> float:
+        count = np.bincount(codes, w)
+        total = np.bincount(codes, w * self._error)
+        count, total = count[count > 0], total[count > 0]
+        # ∫ R over one value of the signal: the sum of errors is linear in the kept number n there,
+        # R(n) = (T + t n') / (N + n') with t the mean error at this value
+        before = np.cumsum(count) - count
+        sums = np.cumsum(total) - total
+        slope = total / count
+        excess = sums - slope * before  # R = slope + excess / n
+        with np.errstate(divide="ignore"):
+            ratio = np.log(np.where(before > 0, (before + count) / before, 1.0))
+        return float((slope * count + excess * ratio).sum() / count.sum())
 
 
 # calibration ------------------------------------------------------------------------------------
@@ -225,22 +279,92 @@ def coverage(
     return float(w @ (np.abs(e) < norm.ppf((1 + level) / 2) * s) / w.sum())
 
 
+def energy_score(std: ArrayLike, errors: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Energy score of N(0, std² I) for errors in three dimensions, unit of the errors; 0 is best.
+
+    A proper score, E|X - e| - ½ E|X - X'| (Gneiting & Raftery 2007), in closed form with a = |e|/s,
+
+        s [ sqrt(2/π) exp(-a²/2) + (a + 1/a) erf(a/√2) - 2/sqrt(π) ].
+
+    Args:
+        std: (num_samples,) standard deviation of every component.
+        errors: (num_samples, 3) signed.
+        weights: (num_samples,).
+    """
+    vectors = np.asarray(errors, dtype=np.float64)
+    if vectors.ndim != 2 or vectors.shape[1] != 3:
+        raise ValueError(f"errors: shape {vectors.shape} where (num_samples, 3) is wanted")
+    s, length = _sizes(std, np.linalg.norm(vectors, axis=1))
+    w = _weights(weights, length)
+    a = np.maximum(length / s, 1e-6)  # (a + 1/a) erf(a/√2) -> sqrt(2/π) for small a
+    mean = np.sqrt(2 / np.pi) * np.exp(-a * a / 2) + (a + 1 / a) * erf(a / np.sqrt(2))
+    return float(w @ (s * (mean - 2 / np.sqrt(np.pi))) / w.sum())
+
+
+def miscalibration_area(
+    std: ArrayLike, errors: ArrayLike, weights: ArrayLike | None = None
+) -> float:
+    """Area between observed and nominal coverage of central Gaussian intervals, ∫|F(p) - p| dp.
+
+    F(p) is the fraction of errors inside the central interval of probability p; 0 is calibrated,
+    ½ the worst. uncertainty-toolbox integrates the same on a grid of p; here the steps of F are
+    exact and samples may have weights.
+    """
+    s, e = _sizes(std, errors)
+    w = _weights(weights, e)
+    inside = erf(np.abs(e) / s / np.sqrt(2))  # the smallest p whose interval holds the error
+    order = np.argsort(inside)
+    fraction = np.concatenate([[0.0], np.cumsum(w[order]) / w.sum()])
+    edges = np.concatenate([[0.0], inside[order], [1.0]])
+
+    def primitive(p: Array) -> Array:
+        return np.asarray((p - fraction) * np.abs(p - fraction) / 2)
+
+    return float((primitive(edges[1:]) - primitive(edges[:-1])).sum())
+
+
 @dataclass(frozen=True)
 class Reliability:
-    """Predicted against observed size of the error in bins of equal count; unit of the errors."""
+    """Predicted against observed size of the error in bins of equal weight; unit of the errors."""
 
     predicted: Array  # (num_bins,) sqrt(mean std²)
     observed: Array  # (num_bins,) sqrt(mean e²)
     count: NDArray[np.int64]  # (num_bins,) samples in the bin
 
+    @property
+    def slope(self) -> float:
+        """Slope of log observed over log predicted, the median over pairs of bins; 1 is right.
 
-def reliability_curve(std: ArrayLike, errors: ArrayLike, num_bins: int = 12) -> Reliability:
-    """Sort by predicted std, cut into bins of equal count and compare root mean squares in each.
+        Below 1 the predicted sizes differ more than the true ones. The median (Theil & Sen) and not
+        least squares, because atoms whose force vanishes by symmetry have no error: a bin of those
+        would decide. nan where all predictions are the same.
+        """
+        used = self.observed > 0
+        x, y = np.log(self.predicted[used]), np.log(self.observed[used])
+        if len(x) < 2 or x.max() - x.min() < 1e-6:
+            return float("nan")
+        return float(theilslopes(y, x).slope)
+
+    @property
+    def ence(self) -> float:
+        """Expected normalised calibration error, mean of |predicted - observed| / predicted.
+
+        Levi et al. (arXiv 1905.11659). Its value for a calibrated prediction is not 0: it grows
+        with the square root of the number of bins (Pernot, arXiv 2305.11905).
+        """
+        return float((np.abs(self.predicted - self.observed) / self.predicted).mean())
+
+
+def reliability_curve(
+    std: ArrayLike, errors: ArrayLike, num_bins: int = 12, weights: ArrayLike | None = None
+) -> Reliability:
+    """Sort by predicted std, cut into bins of equal weight and compare root mean squares in each.
 
     Args:
         std: (num_samples,) predicted standard deviation, unit of `errors`.
         errors: (num_samples,) signed errors, or root mean squares over components.
         num_bins: how many bins; fewer are made when there are fewer samples.
+        weights: (num_samples,).
 
     Returns:
         `Reliability`; a calibrated std gives observed = predicted in every bin.
@@ -248,11 +372,17 @@ def reliability_curve(std: ArrayLike, errors: ArrayLike, num_bins: int = 12) -> 
     if num_bins < 1:
         raise ValueError(f"num_bins: wanted at least 1, got {num_bins}")
     s, e = _sizes(std, errors)
-    chunks = np.array_split(np.argsort(s, kind="stable"), min(num_bins, max(s.size, 1)))
+    w = _weights(weights, e)
+    order = np.argsort(s, kind="stable")
+    s, e, w = s[order], e[order], w[order]
+    middle = (np.cumsum(w) - w / 2) / max(w.sum(), 1e-300)
+    bins = np.minimum((middle * num_bins).astype(np.int64), num_bins - 1)
+    weight = np.bincount(bins, w, num_bins)
+    used = weight > 0
     return Reliability(
-        predicted=np.array([rmse(s[k]) for k in chunks]),
-        observed=np.array([rmse(e[k]) for k in chunks]),
-        count=np.array([k.size for k in chunks], dtype=np.int64),
+        predicted=np.sqrt(np.bincount(bins, w * s * s, num_bins)[used] / weight[used]),
+        observed=np.sqrt(np.bincount(bins, w * e * e, num_bins)[used] / weight[used]),
+        count=np.bincount(bins, w > 0, num_bins)[used].astype(np.int64),
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import stages
 from .runtime import BUILD_RECORD, TORCHSCRIPT_RECORD, Build, CompiledStages
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class Model:
@@ -66,7 +66,7 @@ class Model:
         moved = {k: v if k in on_host else v.to(self.device) for k, v in inputs.items()}
         outputs: dict[str, Tensor]
         if self.compiled is not None:
-            outputs = stages.evaluate(self.compiled, moved, self.fields, with_fields)
+            outputs = stages.evaluate(self.compiled, moved, with_fields)
         else:
             outputs = self.module(moved, with_fields, False)
         return {k: v.detach().cpu() for k, v in outputs.items()}
@@ -88,7 +88,7 @@ def load(path: str | Path, device: str = "cpu") -> Model:
     model = _read(Path(path), device)
     if model.build is not None:
         model.build.check(path, device)
-        model.compiled = CompiledStages(path, model.num_layers, device)
+        model.compiled = CompiledStages(path, model.module, device)
     self_test(model)
     return model
 
@@ -183,6 +183,7 @@ def describe(path: str | Path) -> str:
         ("runtime", model.runtime),
         ("precision", f"{model.dtype} network, float64 energies"),
         ("units", f"{model.units} (eV, Å)"),
+        *([("ensemble", _ensemble(card["ensemble"]))] if "ensemble" in card else []),
         ("head", _head(card)),
         (
             "fields",
@@ -201,8 +202,9 @@ def describe(path: str | Path) -> str:
         ),
         (
             "calibration",
-            f"{calibration['validation_atoms']} validation atoms; predicted/true force error "
-            f"{calibration['size_ratio']:.2f} (cross-validated){_recalibrated(calibration)}",
+            f"{calibration['validation_atoms']} validation atoms"
+            + _size(calibration)
+            + _recalibrated(calibration),
         ),
         ("promises", _promises(card)),
         ("rank of error", _ranking(calibration["ranking"])),
@@ -211,13 +213,29 @@ def describe(path: str | Path) -> str:
     return "\n".join(f"{name:<14} {text}" for name, text in lines)
 
 
+def _ensemble(about: dict[str, Any]) -> str:
+    text = f"{len(about['members'])} members, the first of which the lines below are about; "
+    if "calibration" not in about:
+        return text + "ensemble_force_std is not calibrated (export with --valid)"
+    found = about["calibration"]
+    return (
+        f"{text}ensemble_force_std is calibrated, times {found['force_factor']:.3g}, on "
+        f"{found['frames']} frames ({found['atoms']} atoms) of {found['file']}, of which is also "
+        f"the rank of error"
+    )
+
+
 def _head(card: dict[str, Any]) -> str:
     if card["config"]["model"]["head"] == "scalar":
         return "scalar energy"
     bins = card["histogram"]
+    target = bins.get("target", "hlgauss")
+    kernel = f"sigma {bins['sigma']:g} bins" if target == "hlgauss" else f"{target} target"
+    members = bins.get("num_members", 1)
+    committee = f"committee of {members} heads: " if members > 1 else ""
     return (
-        f"HL-Gauss energy, {bins['num_bins']} bins of {1e3 * bins['bin_width']:.3g} meV around "
-        f"each atom's anchor, sigma {bins['sigma']:g} bins, entropy floor "
+        f"{committee}HL-Gauss energy, {bins['num_bins']} bins of "
+        f"{1e3 * bins['bin_width']:.3g} meV around each atom's anchor, {kernel}, entropy floor "
         f"{bins['entropy_floor']:.3f} nat"
     )
 
@@ -239,6 +257,12 @@ def _promises(card: dict[str, Any]) -> str:
         f"{found['extrapolating_beyond_distance']:.2f}, at most {1 - found['coverage']:.0%} of the "
         "atoms; both in frames like the validation frames only"
     ).replace("%", " %")
+
+
+def _size(calibration: dict[str, Any]) -> str:
+    if "size_ratio" not in calibration:  # without the default method
+        return ""
+    return f"; predicted/true force error {calibration['size_ratio']:.2f} (cross-validated)"
 
 
 def _ranking(ranking: dict[str, float]) -> str:

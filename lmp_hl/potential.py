@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import keys, uncertainty
 from .nn.backbone import Backbone, Features
-from .nn.heads import AtomicEnergy, HistogramEnergy, ScalarEnergy
+from .nn.heads import AtomicEnergy, EnergyHead, HistogramEnergy, ScalarEnergy
+from .uncertainty.committee import CommitteeEnergy
 
 
 class Potential(nn.Module):
@@ -21,9 +22,10 @@ class Potential(nn.Module):
         num_elements: number of species indices.
         cutoff: Å.
         num_layers: 1 local, more message passing.
-        head: "hlgauss" or "scalar".
+        head: "hlgauss", "committee" or "scalar".
         channels, l_max, num_radial, num_scalars: see Backbone.
-        num_bins, sigma: of the energy histogram; sigma in bin widths.
+        num_bins, sigma, target: of the energy histogram; sigma in bin widths.
+        num_members: heads of a committee.
         methods: names of the uncertainty methods it carries, see lmp_hl.uncertainty.
     """
 
@@ -41,6 +43,8 @@ class Potential(nn.Module):
         num_scalars: int,
         num_bins: int,
         sigma: float,
+        target: str = "hlgauss",
+        num_members: int = 4,
         methods: Sequence[str] = uncertainty.DEFAULT,
     ) -> None:
         super().__init__()
@@ -51,13 +55,17 @@ class Potential(nn.Module):
         self.backbone = Backbone(
             num_elements, cutoff, num_layers, channels, l_max, num_radial, num_scalars
         )
-        energy_head: HistogramEnergy | ScalarEnergy
+        energy_head: EnergyHead
         if head == "hlgauss":
-            energy_head = HistogramEnergy(num_scalars, num_elements, num_bins, sigma)
+            energy_head = HistogramEnergy(num_scalars, num_elements, num_bins, sigma, target)
+        elif head == "committee":
+            energy_head = CommitteeEnergy(
+                num_members, num_scalars, num_elements, num_bins, sigma, target
+            )
         elif head == "scalar":
             energy_head = ScalarEnergy(num_scalars, num_elements)
         else:
-            raise ValueError(f"model.head must be 'hlgauss' or 'scalar', got {head!r}")
+            raise ValueError(f"model.head must be 'hlgauss', 'committee' or 'scalar', got {head!r}")
         self.energy_head = energy_head
         sizes = uncertainty.Sizes(num_scalars, channels, l_max, num_elements)
         self.methods = uncertainty.make_methods(methods, sizes)
@@ -73,7 +81,7 @@ class Potential(nn.Module):
         self, features: Features, energy: AtomicEnergy, species: Tensor
     ) -> dict[str, Tensor]:
         """Every per-atom uncertainty field of the owned atoms, see field_names."""
-        out = self.energy_head.fields(energy)
+        out = self.energy_head.fields(energy, species)
         for _, method in self.methods.items():
             out.update(method(features, energy, species))
         return out
@@ -134,13 +142,14 @@ def edge_forces(edge_index: Tensor, edge_gradients: Tensor, num_nodes: int) -> T
 
     Args:
         edge_index: (2, num_edges).
-        edge_gradients: (num_edges, 3), eV/Å, dE/d(r_j - r_i).
+        edge_gradients: (num_edges, 3), eV/Å, dE/d(r_j - r_i); or those of several energies side by
+            side.
         num_nodes: how many nodes.
 
     Returns:
-        (num_nodes, 3), eV/Å.
+        (num_nodes, 3), or as wide as the gradients, eV/Å.
     """
-    zeros = edge_gradients.new_zeros((num_nodes, 3))
+    zeros = edge_gradients.new_zeros((num_nodes, edge_gradients.shape[1]))
     return zeros.index_add(0, edge_index[0], edge_gradients).index_add(
         0, edge_index[1], -edge_gradients
     )

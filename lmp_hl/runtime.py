@@ -9,16 +9,16 @@ import dataclasses
 import platform
 import re
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .stages import Runtime
 
 BUILD_RECORD: Final = "extra/lmp_hl_build.txt"
 TORCHSCRIPT_RECORD: Final = "extra/hl.pt"
-BUILD_FORMAT: Final = "2"
+BUILD_FORMAT: Final = "3"
 
 # flags of /proc/cpuinfo behind the names of the x86-64 psABI, which are also those of g++ -march
 _V2 = ("cx16", "lahf_lm", "pni", "popcnt", "sse4_1", "sse4_2", "ssse3")
@@ -85,10 +85,15 @@ class Build:
 
     @staticmethod
     def parse(text: str, path: str | Path) -> "Build":
-        """Read the record; ValueError if a newer lmp-hl wrote it."""
+        """Read the record; ValueError if another generation of lmp-hl wrote it."""
         lines = dict(line.partition(" ")[::2] for line in text.splitlines())
-        if lines.pop("format") != BUILD_FORMAT:
-            raise ValueError(f"{path}: compiled by a newer lmp-hl than this; update lmp-hl")
+        found = lines.pop("format")
+        if found != BUILD_FORMAT:
+            newer = found > BUILD_FORMAT
+            raise ValueError(
+                f"{path}: compiled by {'a newer' if newer else 'an older'} lmp-hl than this; "
+                f"{'update lmp-hl' if newer else 'export it again'}"
+            )
         features = tuple(lines.pop("cpu_features").split())
         return Build(cpu_features=features, **lines)
 
@@ -148,22 +153,26 @@ class CompiledStages(Runtime):
 
     Args:
         path: of the file; its code is unpacked into TMPDIR and removed from there at the end.
-        num_layers: of the model.
+        model: the TorchScript inside it, on the CPU, or what that was made from; it evaluates
+            `node_fields`, which is not worth compiling.
         device: "cpu", "cuda" or "cuda:N".
 
     Raises:
         ValueError: the code cannot be unpacked or loaded.
     """
 
-    def __init__(self, path: str | Path, num_layers: int, device: str) -> None:
+    def __init__(self, path: str | Path, model: nn.Module, device: str) -> None:
         # the class behind torch._inductor.aoti_load_package, which would load all models for each
         # name; it is also what the LAMMPS plugin uses
         loader = torch._C._aoti.AOTIModelPackageLoader  # type: ignore[attr-defined]
         index = torch.device(device).index
+        self.scripted = cast(Any, model).stages
+        self.fields = list(self.scripted.fields)
+        self.node_field_names = list(self.scripted.node_field_names)
         try:
             self.models = {
                 name: loader(str(path), name, False, 1, -1 if index is None else index)
-                for name in stage_names(num_layers)
+                for name in stage_names(self.scripted.num_layers)
             }
         except RuntimeError as error:
             raise ValueError(
@@ -187,3 +196,8 @@ class CompiledStages(Runtime):
     def final(self, inputs: list[Tensor], with_fields: bool) -> list[Tensor]:
         """See Stages.final."""
         return self._run("final_fields" if with_fields else "final", inputs)
+
+    def node_fields(self, forces: Tensor) -> list[Tensor]:
+        """See Stages.node_fields."""
+        outputs: list[Tensor] = self.scripted.node_fields(forces.cpu())
+        return outputs

@@ -187,7 +187,7 @@ def _features(model: Any) -> Callable[[ase.Atoms, Sequence[int]], Array]:
     def of_frame(atoms: ase.Atoms, chosen: Sequence[int]) -> Array:
         inputs = graph_inputs(atoms, model.elements, model.cutoff, model.num_layers, model.dtype)
         with torch.no_grad():
-            features, _ = model.module.stages.potential.atoms(inputs)
+            features, _ = getattr(model.module.stages.ensemble.members, "0").atoms(inputs)
             rows = invariants(Features(*features))[torch.tensor(chosen)]
         return rows.double().numpy()
 

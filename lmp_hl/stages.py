@@ -1,11 +1,15 @@
-"""A potential taken apart into stages, one per layer, that a runtime evaluates one after another.
+"""An ensemble of potentials taken apart into stages, that a runtime evaluates one after another.
 
 Between two layers the features of an atom may travel to other MPI ranks, and on the way back their
 gradients: no communication happens inside a stage or inside autograd. Stage t < num_layers - 1
 gives features of its centres, `layer`; its gradients are another stage, `layer_vjp`; the last layer
 gives energies and all gradients at once, `final`. A strictly local potential is `final` alone.
 
-Inputs of a stage, in this order (n centres, m nodes, e edges, F features):
+What belongs to the K members of the ensemble stands side by side in columns: features are
+(atoms, F), F the sum over members, and gradients of edge vectors (edges, 3 K), the x, y, z of one
+member after the other. A single potential is K = 1.
+
+Inputs of a stage, in this order (n centres, m nodes, e edges):
 
     center_species (n,) int64
     first layer: species (m,) int64
@@ -13,7 +17,9 @@ Inputs of a stage, in this order (n centres, m nodes, e edges, F features):
     edge_vectors   (e, 3) model dtype, Å
     other layers: center_features (n, F), features (m, F), model dtype
 
-A runtime may evaluate the centres of a stage in several portions.
+A runtime may evaluate the centres of a stage in several portions. When everything is summed up it
+takes the mean of the members for energies, forces and virials; and if `node_field_names` is not
+empty, the members' forces on each owned atom, of edges on all ranks, go through `node_fields`.
 """
 
 from typing import Protocol
@@ -22,62 +28,60 @@ import torch
 from torch import Tensor, nn
 
 from . import keys
-from .nn.backbone import Features
-from .potential import Potential
+from .ensemble import Ensemble, combine
+from .potential import edge_forces
 
 
 class Stages(nn.Module):
-    """The stages of a potential; `fields` are those `final` returns, in that order."""
+    """The stages of an ensemble.
+
+    Attributes:
+        fields: names of what `final` returns after the gradients, in that order.
+        node_field_names: names of what `node_fields` returns.
+        num_members: K.
+        num_layers: 1 strictly local, more message passing.
+        num_features: F.
+    """
 
     fields: list[str]
+    node_field_names: list[str]
+    ends: list[int]
 
-    def __init__(self, potential: Potential, fields: list[str]) -> None:
+    def __init__(self, ensemble: Ensemble) -> None:
         super().__init__()
-        self.potential = potential
-        self.fields = fields
-        self.num_layers = 1 + len(potential.backbone.message_layers)
-        backbone = potential.backbone
-        self.num_scalars = backbone.many_body.out.out_features
-        self.channels = backbone.element_density.mix.weight.shape[2]
-        self.num_components = (backbone.many_body.l_max + 1) ** 2
-        self.num_features = self.num_scalars + self.num_components * self.channels
+        self.ensemble = ensemble
+        self.fields = [keys.ENERGY, *ensemble.field_names()]
+        self.node_field_names = ensemble.node_field_names()
+        self.num_members = ensemble.num_members
+        backbones = [potential.backbone for potential in ensemble.potentials()]
+        self.num_layers = 1 + len(backbones[0].message_layers)
+        self.ends = [0]  # the columns of member k are those from ends[k] to ends[k + 1]
+        for backbone in backbones:
+            self.ends.append(self.ends[-1] + backbone.num_features)
+        self.num_features = self.ends[-1]
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """The last stage without fields."""
         return self.final(inputs, False)
 
-    def _unpack(self, flat: Tensor) -> Features:
-        scalars, rest = flat[:, : self.num_scalars], flat[:, self.num_scalars :]
-        tensors = rest.reshape(flat.shape[0], self.num_components, self.channels)
-        return Features(scalars, tensors.transpose(0, 1))
-
-    def _features(self, t: int, inputs: list[Tensor]) -> Features:
-        backbone = self.potential.backbone
-        if t == 0:
-            radial, angular = backbone.expand(inputs[3])
-            return backbone.first_layer(inputs[0], inputs[1], inputs[2], radial, angular)
-        radial, angular = backbone.expand(inputs[2])
-        features = Features(inputs[3], inputs[3])
-        for k, layer in enumerate(backbone.message_layers):
-            if k + 1 == t:
-                centers, nodes = self._unpack(inputs[3]), self._unpack(inputs[4])
-                features = layer(inputs[0], centers, nodes, inputs[1], radial, angular)
-        return features
+    def _of_member(self, k: int, t: int, inputs: list[Tensor], leaves: bool) -> list[Tensor]:
+        """Inputs of one member; edge vectors and features as leaves of autograd if wanted."""
+        out: list[Tensor] = []
+        first = 3 if t == 0 else 2  # that is differentiable
+        for position, x in enumerate(inputs):
+            if position > first:
+                x = x[:, self.ends[k] : self.ends[k + 1]]
+            out.append(x if position < first else x.detach().requires_grad_(leaves))
+        return out
 
     @torch.jit.export
     def layer(self, t: int, inputs: list[Tensor]) -> Tensor:
         """Features of the centres after layer t (from 0), (n, F)."""
-        features = self._features(t, inputs)
-        tensors = features.tensors.transpose(0, 1).flatten(1)
-        return torch.cat([features.scalars, tensors], dim=1)
-
-    def _leaves(self, t: int, inputs: list[Tensor]) -> list[Tensor]:
-        """Inputs with the differentiable ones (edge vectors, features) made leaves of autograd."""
-        first = 3 if t == 0 else 2
-        return [x if k < first else x.detach().requires_grad_(True) for k, x in enumerate(inputs)]
-
-    def _differentiable(self, t: int, inputs: list[Tensor]) -> list[Tensor]:
-        return inputs[3:] if t == 0 else inputs[2:]
+        found: list[Tensor] = []
+        for k, member in enumerate(self.ensemble.members):
+            features = member.backbone.layer(t, self._of_member(k, t, inputs, False))
+            found.append(member.backbone.flatten(features))
+        return torch.cat(found, 1)
 
     @torch.jit.export
     def layer_vjp(self, t: int, inputs: list[Tensor], gradients: Tensor) -> list[Tensor]:
@@ -85,45 +89,68 @@ class Stages(nn.Module):
 
         The layer is evaluated again: cheaper to hold, and a compiled stage has no graph to keep.
         """
-        inputs = self._leaves(t, inputs)
-        wanted = self._differentiable(t, inputs)
-        weights: list[Tensor | None] = [gradients]
-        found = torch.autograd.grad([self.layer(t, inputs)], wanted, weights, allow_unused=True)
-        return _zeros_for_none(list(found), wanted)
+        found: list[list[Tensor]] = []
+        for k, member in enumerate(self.ensemble.members):
+            mine = self._of_member(k, t, inputs, True)
+            output = member.backbone.flatten(member.backbone.layer(t, mine))
+            weights = gradients[:, self.ends[k] : self.ends[k + 1]]
+            found.append(_gradients(output, weights, mine[3 if t == 0 else 2 :]))
+        return _side_by_side(found)
 
     @torch.jit.export
     def final(self, inputs: list[Tensor], with_fields: bool) -> list[Tensor]:
-        """Energies of the centres (n,), float64, eV, and their sum's gradients as in layer_vjp.
+        """Energies of the centres (n, K), float64, eV, and their sums' gradients as in layer_vjp.
 
         With fields those follow, each (n,).
         """
         t = self.num_layers - 1
-        inputs = self._leaves(t, inputs)
-        wanted = self._differentiable(t, inputs)
-        features = self._features(t, inputs)
-        head = self.potential.energy_head(features.scalars, inputs[0])
-        found = torch.autograd.grad([head.energy.sum()], wanted, allow_unused=True)
-        energy = self.potential.total_energy(head, inputs[0]).detach()
-        out = [energy]
-        out += _zeros_for_none(list(found), wanted)
+        energies: list[Tensor] = []
+        found: list[list[Tensor]] = []
+        fields: list[dict[str, Tensor]] = []
+        for k, member in enumerate(self.ensemble.members):
+            mine = self._of_member(k, t, inputs, True)
+            features = member.backbone.layer(t, mine)
+            head = member.energy_head(features.scalars, mine[0])
+            found.append(_gradients(head.energy.sum(), None, mine[3 if t == 0 else 2 :]))
+            energies.append(member.total_energy(head, mine[0]).detach())
+            if with_fields:
+                with torch.no_grad():
+                    fields.append(member.fields(features, head, mine[0]))
+        out = [torch.stack(energies, 1)]
+        out += _side_by_side(found)
         if with_fields:
-            with torch.no_grad():
-                fields = self.potential.fields(features, head, inputs[0])
-            fields[keys.ENERGY] = energy
+            merged = self.ensemble.fields(fields, out[0], inputs[0])
+            merged[keys.ENERGY] = out[0].mean(1)
             for name in self.fields:
-                out.append(fields[name])
+                out.append(merged[name])
         return out
 
+    @torch.jit.export
+    def node_fields(self, forces: Tensor) -> list[Tensor]:
+        """Fields (n,) of the members' forces on atoms, (n, 3 K) float64, eV/Å."""
+        return self.ensemble.node_fields(forces)
 
-def _zeros_for_none(found: list[Tensor | None], like: list[Tensor]) -> list[Tensor]:
+
+def _gradients(output: Tensor, weights: Tensor | None, wanted: list[Tensor]) -> list[Tensor]:
+    """Of sum(weights * output), zeros where it does not depend on one of them."""
+    given: list[Tensor | None] = [weights]
+    found = torch.autograd.grad([output], wanted, given, allow_unused=True)
     out: list[Tensor] = []
-    for gradient, tensor in zip(found, like):  # noqa: B905  # TorchScript's zip is strict anyway
+    for gradient, tensor in zip(found, wanted):  # noqa: B905  # TorchScript's zip is strict anyway
         out.append(torch.zeros_like(tensor) if gradient is None else gradient)
     return out
 
 
+def _side_by_side(found: list[list[Tensor]]) -> list[Tensor]:
+    """One list of tensors per member -> their columns side by side."""
+    return [torch.cat([of_one[k] for of_one in found], 1) for k in range(len(found[0]))]
+
+
 class Runtime(Protocol):
     """Whatever evaluates stages: `Stages` itself, scripted, or compiled for one device."""
+
+    fields: list[str]
+    node_field_names: list[str]
 
     def layer(self, t: int, inputs: list[Tensor]) -> Tensor:
         """See Stages.layer."""
@@ -134,17 +161,17 @@ class Runtime(Protocol):
     def final(self, inputs: list[Tensor], with_fields: bool) -> list[Tensor]:
         """See Stages.final."""
 
+    def node_fields(self, forces: Tensor) -> list[Tensor]:
+        """See Stages.node_fields."""
 
-def evaluate(
-    runtime: Runtime, inputs: dict[str, Tensor], fields: list[str], with_fields: bool
-) -> dict[str, Tensor]:
+
+def evaluate(runtime: Runtime, inputs: dict[str, Tensor], with_fields: bool) -> dict[str, Tensor]:
     """Energy, gradients and fields (keys.py) of a structure, stage by stage on one process.
 
     Args:
         runtime: of the model.
         inputs: tensors of keys.py.
-        fields: names of what `final` returns after the gradients.
-        with_fields: whether to ask for them.
+        with_fields: whether to return the fields.
     """
     species = inputs[keys.SPECIES]
     num_layers = inputs[keys.LAYER_NODES].shape[0]
@@ -160,16 +187,22 @@ def evaluate(
 
     found = runtime.final(stage_inputs[-1], with_fields)
     num_gradients = 1 if num_layers == 1 else 3
-    out = {keys.ENERGY: found[0]}
-    if with_fields:
-        out.update(zip(fields, found[1 + num_gradients :], strict=True))
-    gradients = torch.zeros_like(inputs[keys.EDGE_VECTORS])
+    energies = found[0]
+    fields = found[1 + num_gradients :]
     found = found[1 : 1 + num_gradients]
+    gradients = found[0].new_zeros((inputs[keys.EDGE_VECTORS].shape[0], found[0].shape[1]))
     for t in range(num_layers - 1, -1, -1):
         gradients[: found[0].shape[0]] += found[0]
         if t > 0:
             of_features = found[2].clone()
             of_features[: found[1].shape[0]] += found[1]
             found = runtime.layer_vjp(t - 1, stage_inputs[t - 1], of_features)
-    out[keys.EDGE_GRADIENTS] = gradients
+
+    out = combine(energies, gradients)
+    if with_fields:
+        out.update(zip(runtime.fields, fields, strict=True))
+        if runtime.node_field_names:
+            forces = edge_forces(inputs[keys.EDGE_INDEX], gradients.double(), len(species))
+            found = runtime.node_fields(forces[: len(energies)])
+            out.update(zip(runtime.node_field_names, found, strict=True))
     return out

@@ -171,10 +171,10 @@ private:
 
 class TorchModel : public Model {
 public:
-  TorchModel(const torch::jit::Module &loaded, std::unique_ptr<Runtime> stages, torch::Device where,
-             const LoadRequest &request) :
+  TorchModel(const torch::jit::Module &loaded, std::unique_ptr<Runtime> evaluates,
+             torch::Device where, const LoadRequest &request) :
       module(loaded),
-      runtime(std::move(stages)), device(where), threads(request.threads),
+      runtime(std::move(evaluates)), device(where), threads(request.threads),
       budget(request.memory * MIB), bytes_per_atom(0.0), bytes_per_edge(0.0), peak(0)
   {
     about.elements = list_attribute<std::string>(module, "elements");
@@ -185,7 +185,11 @@ public:
     about.card = module.attr("card").toStringRef();
     about.fields = list_attribute<std::string>(module, "fields");
     about.field_units = list_attribute<std::string>(module, "field_units");
-    about.num_features = (int) module.attr("stages").toModule().attr("num_features").toInt();
+    torch::jit::Module stages = module.attr("stages").toModule();
+    about.num_members = (int) stages.attr("num_members").toInt();
+    about.num_features = (int) stages.attr("num_features").toInt();
+    num_node_fields = stages.attr("node_field_names").toListRef().size();
+    about.node_fields = num_node_fields > 0;
     dtype = about.dtype == "float64" ? torch::kFloat64 : torch::kFloat32;
     if (budget == 0.0) budget = device.is_cpu() ? MIB * runtime->portion() : HUGE_VAL;
     describe(request.local_rank, request.local_ranks);
@@ -202,15 +206,18 @@ public:
     // the first calls of a scripted module are slow while it specializes: spend them here
     evaluate_copies(test, 1, 1, false);
     evaluate_copies(test, 1, 1, false);
-    const Outputs outputs = evaluate_copies(test, 1, 1, true);
+    Outputs outputs = evaluate_copies(test, 1, 1, true);
+    const Tensor forces =
+        on_nodes(outputs.gradients, test.centers, test.neighbors, test.species.numel());
+    for (const Tensor &field : node_fields(forces)) outputs.fields.push_back(field);
     for (const auto &item : dict("selftest_outputs")) {
       const std::string key = item.key();
       const auto field = std::find(about.fields.begin(), about.fields.end(), key);
       Tensor found;
       if (key == "energy")
-        found = outputs.energy;
+        found = outputs.energies.mean(1);
       else if (key == "edge_gradients")
-        found = outputs.gradients;
+        found = of_mean(outputs.gradients);
       else if (field != about.fields.end())
         found = outputs.fields.at(field - about.fields.begin());
       else
@@ -247,7 +254,7 @@ public:
     bytes_per_atom = std::max(1.0, (once - bytes_per_edge * num_edges) / num_atoms);
   }
 
-  bool evaluate(const Graph &graph, const Request &request, Exchange *exchange, Evaluation &result,
+  bool evaluate(const Graph &graph, const Request &request, Exchange &exchange, Evaluation &result,
                 std::string &error) override
   {
     try {
@@ -271,8 +278,8 @@ public:
 
 private:
   struct Outputs {
-    Tensor energy, gradients;    // (num_owned,), (num_edges, 3)
-    Tensors fields;
+    Tensor energies, gradients;    // (num_owned, num_members), (num_edges, 3 * num_members)
+    Tensors fields;                // those of the last stage
   };
 
   /// Copies of the self-test's structure side by side, every edge `repeat` times.
@@ -318,7 +325,7 @@ private:
 
   /// Positions to edges, stages, then forces F_i += g_e, F_j -= g_e and virials -r_e g_e for each
   /// edge e from i to j with r_e = r_j - r_i and g_e = dE/dr_e.
-  void evaluate_graph(const Graph &graph, const Request &request, Exchange *exchange,
+  void evaluate_graph(const Graph &graph, const Request &request, Exchange &exchange,
                       Evaluation &result, MemoryMeter &meter)
   {
     const auto num_nodes = (int64_t) graph.species.size();
@@ -344,15 +351,13 @@ private:
     result.num_edges = layer_edges.back();
     const Outputs found =
         evaluate_layers(species, centers, neighbors, r.to(dtype), graph.layer_nodes, layer_edges,
-                        request.fields, exchange, meter);
+                        request.fields, request.exchange_features ? &exchange : nullptr, meter);
 
-    const Tensor g = found.gradients.to(torch::kFloat64);
-    const auto on_nodes = [&](int64_t width) {
-      return torch::zeros({num_nodes, width}, g.options());
-    };
+    const Tensor g = of_mean(found.gradients.to(torch::kFloat64));
+    const auto zeros = [&](int64_t width) { return torch::zeros({num_nodes, width}, g.options()); };
     Download down;
-    down.add(found.energy, result.energy);
-    down.add(on_nodes(3).index_add_(0, centers, g).index_add_(0, neighbors, -g), result.forces);
+    down.add(found.energies.mean(1), result.energy);
+    down.add(on_nodes(g, centers, neighbors, num_nodes), result.forces);
     // of one edge r and g need not be parallel, the sum is symmetric
     std::vector<double> w(9, 0.0);
     if (request.virial) down.add(-torch::matmul(r.t(), g), w);
@@ -363,15 +368,21 @@ private:
       };
       if (request.atom_virials) {
         const Tensor half = 0.25 * (order({0, 4, 8, 1, 2, 5}) + order({0, 4, 8, 3, 6, 7}));
-        down.add(on_nodes(6).index_add_(0, centers, half).index_add_(0, neighbors, half),
+        down.add(zeros(6).index_add_(0, centers, half).index_add_(0, neighbors, half),
                  result.atom_virials);
       }
       if (request.centroid_virials)
-        down.add(on_nodes(9).index_add_(0, neighbors, order({0, 4, 8, 1, 2, 5, 3, 6, 7})),
+        down.add(zeros(9).index_add_(0, neighbors, order({0, 4, 8, 1, 2, 5, 3, 6, 7})),
                  result.centroid_virials);
     }
-    result.fields.resize(found.fields.size());
-    for (size_t k = 0; k < found.fields.size(); k++) down.add(found.fields[k], result.fields[k]);
+    Tensors fields = found.fields;
+    if (request.fields && num_node_fields > 0) {
+      const Tensor forces = on_nodes(found.gradients, centers, neighbors, num_nodes);
+      for (const Tensor &field : node_fields(gathered(forces, graph.num_owned(), exchange)))
+        fields.push_back(field);
+    }
+    result.fields.resize(fields.size());
+    for (size_t k = 0; k < fields.size(); k++) down.add(fields[k], result.fields[k]);
     down.fetch();
     const double symmetric[6] = {
         w[0], w[4], w[8], 0.5 * (w[1] + w[3]), 0.5 * (w[2] + w[6]), 0.5 * (w[5] + w[7])};
@@ -402,16 +413,19 @@ private:
     }
 
     Outputs out;
-    out.energy = torch::zeros({layer_nodes[last]}, vectors.options().dtype(torch::kFloat64));
-    out.gradients = torch::zeros_like(vectors);
+    const int64_t num_members = about.num_members;
+    const auto of_atoms = vectors.options().dtype(torch::kFloat64);
+    out.energies = torch::zeros({layer_nodes[last], num_members}, of_atoms);
+    out.gradients = torch::zeros({vectors.size(0), 3 * num_members}, vectors.options());
     if (with_fields)
-      for (size_t k = 0; k < about.fields.size(); k++) out.fields.push_back(out.energy.clone());
+      for (size_t k = 0; k < about.fields.size() - num_node_fields; k++)
+        out.fields.push_back(torch::zeros({layer_nodes[last]}, of_atoms));
     Tensor gradients = last > 0 ? torch::zeros_like(features) : Tensor();
     in_portions(
         stages[last], meter,
         [&](int64_t begin, int64_t end, int64_t first, int64_t stop, const Tensors &inputs) {
           const Tensors found = runtime->final(inputs, with_fields);
-          out.energy.slice(0, begin, end).copy_(found.at(0));
+          out.energies.slice(0, begin, end).copy_(found.at(0));
           out.gradients.slice(0, first, stop).add_(found.at(1));
           if (last > 0) {
             gradients.slice(0, begin, end).add_(found.at(2));
@@ -442,6 +456,29 @@ private:
     return out;
   }
 
+  /// Mean over the members of what stands side by side in columns, (n, 3 * num_members) -> (n, 3).
+  Tensor of_mean(const Tensor &members) const
+  {
+    return members.reshape({members.size(0), about.num_members, 3}).mean(1);
+  }
+
+  /// Sums over edges F_i += g_e, F_j -= g_e on the nodes, float64.
+  static Tensor on_nodes(const Tensor &gradients, const Tensor &centers, const Tensor &neighbors,
+                         int64_t num_nodes)
+  {
+    const Tensor g = gradients.to(torch::kFloat64);
+    return torch::zeros({num_nodes, g.size(1)}, g.options())
+        .index_add_(0, centers, g)
+        .index_add_(0, neighbors, -g);
+  }
+
+  /// Fields of the members' forces on the owned atoms.
+  Tensors node_fields(const Tensor &forces)
+  {
+    if (num_node_fields == 0) return {};
+    return module.attr("stages").toModule().run_method("node_fields", forces).toTensorVector();
+  }
+
   /// Features of the owned atoms -> of all nodes.
   Tensor exchanged(const Tensor &features, int64_t num_nodes, Exchange &exchange) const
   {
@@ -451,12 +488,12 @@ private:
     return all.to(device, dtype);
   }
 
-  /// Gradients of the features of all nodes -> their sums on the owned atoms.
-  Tensor gathered(const Tensor &gradients, int64_t num_owned, Exchange &exchange) const
+  /// Numbers of all nodes -> their sums on the owned atoms.
+  Tensor gathered(const Tensor &numbers, int64_t num_owned, Exchange &exchange) const
   {
-    const Tensor all = gradients.to(torch::kCPU, torch::kFloat64).contiguous();
-    exchange.reverse(all.data_ptr<double>(), about.num_features);
-    return all.slice(0, 0, num_owned).to(device, dtype);
+    const Tensor all = numbers.to(torch::kCPU, torch::kFloat64).contiguous();
+    exchange.reverse(all.data_ptr<double>(), (int) all.size(1));
+    return all.slice(0, 0, num_owned).to(device, numbers.scalar_type());
   }
 
   /// Bytes of one portion of a stage.
@@ -507,6 +544,7 @@ private:
   static constexpr double MIB = 1024.0 * 1024.0;
 
   ModelInfo about;
+  size_t num_node_fields;    // the last of about.fields
   torch::jit::Module module;
   std::unique_ptr<Runtime> runtime;
   torch::Device device;

@@ -12,7 +12,7 @@
 
 namespace HLGauss {
 
-constexpr int MODEL_FORMAT_VERSION = 2;    // the format_version of hl.pt this code reads
+constexpr int MODEL_FORMAT_VERSION = 3;    // the format_version of hl.pt this code reads
 
 struct ModelInfo {
   std::vector<std::string> elements;
@@ -24,7 +24,9 @@ struct ModelInfo {
   std::vector<std::string> field_units;    // one per field
   std::string card;                        // JSON: what the model says about itself
   std::string runtime;                     // e.g. "TorchScript, torch 2.13.0"
+  int num_members;                         // of an ensemble; 1: a single potential
   int num_features;                        // of an atom, between two layers; 0 if strictly local
+  bool node_fields;                        // some fields need sums over all edges of an atom
   std::string device;                      // e.g. "cpu" or "cuda:0 (NVIDIA H200)"
   std::string warning;                     // one line about versions or a shared device, or empty
 };
@@ -43,6 +45,7 @@ struct Graph {
 };
 
 struct Request {
+  bool exchange_features;    // all layers are evaluated for owned atoms only
   bool fields;
   bool virial;              // of the whole structure
   bool atom_virials;        // half of each edge to either end
@@ -77,9 +80,10 @@ public:
   virtual ~Model() = default;
   virtual const ModelInfo &info() const = 0;
 
-  /// Fills `result`; false with a one-line `error` if the model failed. Throws nothing. With an
-  /// exchange all layers are evaluated for owned atoms only.
-  virtual bool evaluate(const Graph &graph, const Request &request, Exchange *exchange,
+  /// Fills `result`; false with a one-line `error` if the model failed. Throws nothing. The
+  /// exchange is used between layers if that was asked for, and for fields if there are
+  /// node_fields.
+  virtual bool evaluate(const Graph &graph, const Request &request, Exchange &exchange,
                         Evaluation &result, std::string &error) = 0;
 };
 

@@ -153,8 +153,9 @@ void PairHLGauss::settings(int narg, char **arg)
   load_model(read_model_file());
   edges_on_device = edges.empty() ? model->info().device.rfind("cuda", 0) == 0 : edges == "device";
   // hybrid reads these right after the settings of its styles
-  const int width = model->info().num_layers > 1 && exchange_features ? FeatureExchange::SLICE : 0;
-  comm_forward = comm_reverse = width;
+  const bool between_layers = model->info().num_layers > 1 && exchange_features;
+  comm_forward = between_layers ? FeatureExchange::SLICE : 0;
+  comm_reverse = between_layers || model->info().node_fields ? FeatureExchange::SLICE : 0;
 }
 
 std::string PairHLGauss::read_model_file()
@@ -395,6 +396,9 @@ void PairHLGauss::log_summary()
   const auto &info = model->info();
   std::string text = fmt::format("hlgauss: model     {} ({} bytes)\n", model_path, model_size);
   text += fmt::format("  sha256    {}\n", model_hash);
+  if (info.num_members > 1)
+    text += fmt::format("  ensemble  {} potentials: energies and forces are their mean\n",
+                        info.num_members);
   text += fmt::format("  runtime   {}, device {}, {}, {} thread(s) per rank\n", info.runtime,
                       info.device, info.dtype, comm->nthreads);
   text +=
@@ -512,15 +516,12 @@ void PairHLGauss::evaluate()
 
   const bool with_fields = fields_wanted();
   const auto num_owned = (size_t) nodes.graph.num_owned();
-  const HLGauss::Request request = {with_fields, vflag_global != 0, vflag_atom != 0,
-                                    cvflag_atom != 0};
-  HLGauss::Exchange *through = nullptr;
-  if (comm_forward > 0) {
+  const HLGauss::Request request = {comm_forward > 0, with_fields, vflag_global != 0,
+                                    vflag_atom != 0, cvflag_atom != 0};
+  if (comm_forward > 0 || (with_fields && model->info().node_fields))
     exchange.prepare(comm, this, nodes.atoms, num_owned, atom->nlocal + atom->nghost);
-    through = &exchange;
-  }
   std::string problem;
-  if (!model->evaluate(nodes.graph, request, through, result, problem))
+  if (!model->evaluate(nodes.graph, request, exchange, result, problem))
     error->one(FLERR,
                "pair_style mliap/hlgauss: evaluating {} failed on rank {} with {} atoms and {} "
                "edges: {}",

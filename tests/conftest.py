@@ -14,6 +14,7 @@ from ase.data import atomic_numbers, covalent_radii
 from lammps_cases import crystal
 
 from lmp_hl import keys
+from lmp_hl.ensemble import Ensemble
 from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
 from lmp_hl.nn.backbone import fit_scales
@@ -21,6 +22,7 @@ from lmp_hl.nn.heads import HistogramEnergy, invariants
 from lmp_hl.training import frames as fr
 from lmp_hl.training.config import ModelConfig
 from lmp_hl.training.module import build_potential
+from lmp_hl.uncertainty import DEFAULT
 
 ELEMENTS = ("Si", "O", "Cu")
 CUTOFF = 4.0
@@ -66,29 +68,36 @@ def randomize(potential, structures, elements, seed):
         inputs.append({**graph, fr.NUM_ATOMS: torch.tensor([len(structure)])})
     batch = fr.collate_graphs(inputs)
     fit_scales(potential.backbone, batch)
-    head, scales = potential.energy_head, potential.methods["scales"]
-    distance, force = scales.distance, scales.force_distribution
+    head, methods = potential.energy_head, potential.methods
     with torch.no_grad():
-        head.scale.fill_(0.2)
-        head.anchor.element_bias.weight.copy_(noise(head.anchor.element_bias.weight, 0.5))
-        if isinstance(head, HistogramEnergy):
-            head.set_bin_width(0.02)
-            head.log_tau.weight.copy_(noise(head.log_tau.weight, 0.1))
-            head.log_tau.bias.fill_(1.0)
-            head.delta.weight.copy_(noise(head.delta.weight, 0.3))
-            head.delta.bias.copy_(noise(head.delta.bias, 0.3))
-        force.location.weight.copy_(noise(force.location.weight, 0.2))
-        force.delta.copy_(noise(force.delta, 0.5))
-        force.shape_weight.copy_(noise(force.shape_weight, 1.0))
-        force.set_bin_width(0.05)
+        for method in potential.uncertainty_methods():
+            if method.trained:
+                for parameter in method.parameters():
+                    parameter.copy_(noise(parameter, 0.3))
+        for part in head.parts():
+            part.scale.fill_(0.2)
+            part.anchor.element_bias.weight.copy_(noise(part.anchor.element_bias.weight, 0.5))
+            if isinstance(part, HistogramEnergy):
+                head.set_bin_width(0.02)
+                part.log_tau.weight.copy_(noise(part.log_tau.weight, 0.1))
+                part.log_tau.bias.fill_(1.0)
+                part.delta.weight.copy_(noise(part.delta.weight, 0.3))
+                part.delta.bias.copy_(noise(part.delta.bias, 0.3))
+        if "scales" in methods:
+            distance, force = methods["scales"].distance, methods["scales"].force_distribution
+            force.location.weight.copy_(noise(force.location.weight, 0.2))
+            force.delta.copy_(noise(force.delta, 0.5))
+            force.shape_weight.copy_(noise(force.shape_weight, 1.0))
+            force.set_bin_width(0.05)
         potential.reference_energies.copy_(noise(potential.reference_energies, 3.0))
-        features = potential.backbone(batch)
-        x = invariants(features)
-        distance.mean.copy_(x.mean(0) + noise(distance.mean, 0.1))
-        distance.whiten.add_(noise(distance.whiten, 0.2))
-        values = distance(x, batch["species"])
-        distance.median.copy_(values.median())
-        promise(scales, values / distance.median)
+        if "scales" in methods:
+            features = potential.backbone(batch)
+            x = invariants(features)
+            distance.mean.copy_(x.mean(0) + noise(distance.mean, 0.1))
+            distance.whiten.add_(noise(distance.whiten, 0.2))
+            values = distance(x, batch["species"])
+            distance.median.copy_(values.median())
+            promise(methods["scales"], values / distance.median)
 
 
 def promise(scales, distances):
@@ -108,6 +117,7 @@ def make_potential(
     num_layers=None,
     seed=0,
     cutoff=CUTOFF,
+    methods=DEFAULT,
 ):
     """A small potential for the first `num_elements` of ELEMENTS; shared, so do not change it."""
     torch.manual_seed(seed)
@@ -122,6 +132,7 @@ def make_potential(
         num_layers=num_layers,
         num_bins=32,
         dtype=dtype,
+        uncertainty=methods,
     )
     elements = ELEMENTS[:num_elements]
     potential = build_potential(config, num_elements)
@@ -133,13 +144,13 @@ def make_potential(
 FIELDS = make_potential().field_names()  # of a recommended potential
 
 
-def calibrated(preset, dtype="float64"):
+def calibrated(preset, dtype="float64", seed=0):
     """A random potential whose uncertainty is fitted to features of a crystal, so that it varies.
 
     Otherwise features far from those expected drive every histogram to its widest shape, and
     fields that are all alike agree whatever the code does.
     """
-    potential = copy.deepcopy(make_potential(preset, num_elements=2, dtype=dtype))
+    potential = copy.deepcopy(make_potential(preset, num_elements=2, dtype=dtype, seed=seed))
     backbone, scales = potential.backbone, potential.methods["scales"]
     distance, force = scales.distance, scales.force_distribution
     layers = 1 + len(backbone.message_layers)
@@ -161,6 +172,14 @@ def calibrated(preset, dtype="float64"):
         force.feature_std.copy_(std)
         force.tensor_rms.copy_(features.tensors[4:9].pow(2).mean().sqrt())
     return potential
+
+
+def calibrated_ensemble(preset, dtype="float64"):
+    """Three potentials of different seeds as one, with numbers as a calibration might find."""
+    ensemble = Ensemble([calibrated(preset, dtype, seed) for seed in range(3)])
+    ensemble.energy_means.add_(torch.tensor([[0.1, -0.2], [0.0, 0.3], [-0.4, 0.0]]))
+    ensemble.force_factor.fill_(1.7)
+    return ensemble.requires_grad_(False).eval()
 
 
 def make_card(head="hlgauss"):

@@ -44,7 +44,7 @@ class AnalyticModel(torch.nn.Module):
 
     def __init__(self, num_layers: int, dtype: str = "float64"):
         super().__init__()
-        self.format_version = 2
+        self.format_version = 3
         self.elements = ELEMENTS
         self.masses = MASSES
         self.cutoff = CUTOFF
@@ -100,14 +100,17 @@ class AnalyticModel(torch.nn.Module):
 class AnalyticStages(torch.nn.Module):
     """The same potential as the plugin evaluates it, stage by stage (lmp_hl/stages.py)."""
 
+    node_field_names: list[str]
     refused: int  # number of centres for which it fails, to see what becomes of such a failure
 
     def __init__(self, num_layers: int, dtype: str):
         super().__init__()
         self.num_layers = num_layers
         self.num_features = 4  # rho and the moment
+        self.num_members = 1
         self.cutoff = CUTOFF
         self.refused = -1
+        self.node_field_names = []
         kind = getattr(torch, dtype)
         self.register_buffer("weight", torch.tensor([1.0, 0.6], dtype=kind))
         self.register_buffer("depth", torch.tensor([1.3, 0.9], dtype=kind))
@@ -152,7 +155,7 @@ class AnalyticStages(torch.nn.Module):
         if self.num_layers == 2:
             message = self.shape(wanted[0]) * torch.tanh(wanted[2][inputs[1][1], 0])
             energy = energy + 0.3 * torch.zeros_like(energy).index_add(0, inputs[1][0], message)
-        out = [energy.detach().to(torch.float64)]
+        out = [energy.detach().to(torch.float64).unsqueeze(1)]
         for gradient in torch.autograd.grad([energy.sum()], wanted):
             assert gradient is not None
             out.append(gradient)

@@ -11,18 +11,20 @@ import pytest
 import torch
 from ase import Atoms as AseAtoms
 from ase.stress import voigt_6_to_full_3x3_stress
-from conftest import ELEMENTS, calibrated, make_card
+from conftest import ELEMENTS, calibrated, calibrated_ensemble, make_card
 from lammps_cases import Atoms, cluster, crystal, read_dump, run_lammps
 
 from lmp_hl import keys
 from lmp_hl.analysis import validation_ranking
 from lmp_hl.calculator import HLCalculator
+from lmp_hl.compile import export_compiled
 from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
 from lmp_hl.h5md import open_trajectory
 
 SYMBOLS = np.array(ELEMENTS[:2])
 FIELDS = [keys.ENERGY, *conftest.FIELDS]
+DISAGREEMENT = [keys.ENSEMBLE_ENERGY_STD, keys.ENSEMBLE_FORCE_STD]
 BAR_PER_EV_A3 = 1.6021765e6  # the rounded number that LAMMPS itself uses in units metal
 
 # Both evaluate the same network, in float64 on edges in another order: sums of some hundred terms
@@ -56,7 +58,16 @@ MODELS = {
     "local": calibrated("local"),
     "mp": calibrated("mp"),
     "float32": calibrated("mp", "float32"),
+    "ensemble_local": calibrated_ensemble("local"),
+    "ensemble_mp": calibrated_ensemble("mp"),
 }
+STRICTLY_LOCAL = ("local", "ensemble_local")
+
+
+def fields_of(model):
+    return FIELDS + DISAGREEMENT * model.startswith("ensemble")
+
+
 EVERYWHERE = ("periodic", "triclinic", "small_cell")  # the other kinds of box: once each
 # ways to run a model that must not change its results: kind of file, options
 WAYS = {
@@ -86,13 +97,26 @@ CASES += [
     ("mp", n, "compiled") for n in ("large", "small_cell", "shrink_wrapped", "isolated_periodic")
 ]
 CASES += [("mp", "large", way) for way in ("compiled_extended", "compiled_portions")]
+CASES += [("ensemble_local", "triclinic", "default"), ("ensemble_mp", "large", "portions")]
+SLOW_CASES = [
+    ("ensemble_local", name, way)
+    for name in ("triclinic", "cluster", "isolated", "large")
+    for way in ("device", "portions", "compiled")
+]
+SLOW_CASES += [
+    ("ensemble_mp", name, way)
+    for name in ("large", "small_cell", "shrink_wrapped", "isolated_periodic")
+    for way in ("default", "extended", "device", "compiled", "compiled_extended")
+]
+SLOW_CASES += [("ensemble_mp", "large", "compiled_portions")]
 RANKS = (1, 2, 4)
 MORE_RANKS = [("local", "triclinic", "default"), ("mp", "shrink_wrapped", "default")]
+MORE_RANKS += [("ensemble_mp", "large", "portions")]
 MORE_RANKS += [("mp", "large", way) for way in ("default", "extended", "compiled")]
 
 # on a GPU: everything
 GPU_CASES = [(model, name, "cuda") for model, name, way in CASES if way == "default"]
-GPU_CASES += [(model, "large", "cuda_host") for model in ("local", "mp")]
+GPU_CASES += [(model, "large", "cuda_host") for model in ("local", "mp", "ensemble_mp")]
 
 
 def cases_of(num_ranks):
@@ -132,9 +156,9 @@ def case(model, name, way, ranks):
         name=name,
         model=model,
         options=WAYS[way],
-        centroid="" if MODELS[model].backbone.message_layers else "centroid/",
+        centroid="centroid/" if model in STRICTLY_LOCAL else "",
         elements=" ".join(SYMBOLS),
-        fields=" ".join(FIELDS),
+        fields=" ".join(fields_of(model)),
         out=f"{model}.{name}.{way}.{ranks}",
         numbers=NUMBERS,
     )
@@ -160,9 +184,11 @@ def calculators(folder):
 
 
 @functools.cache
-def run_cases(folder, num_ranks):
+def run_cases(folder, num_ranks, slow=False):
     """Runs every case in one LAMMPS process on this many ranks."""
     cases = cases_of(num_ranks) + GPU_CASES * torch.cuda.is_available()
+    if slow:
+        cases = SLOW_CASES
     script = "".join(case(*one, num_ranks) for one in cases)
     result = run_lammps(script, folder, num_ranks)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
@@ -204,6 +230,26 @@ def atomic_virials(model, atoms):
 )
 def test_lammps_equals_python(folder, calculators, ranks, model, name, way):
     run_cases(folder, ranks)
+    compare(folder, calculators, ranks, model, name, way)
+
+
+@pytest.fixture(scope="module")
+def compiled_ensembles(folder):
+    """The ensembles as hl.pt2, in the folder."""
+    for name in ("ensemble_local", "ensemble_mp"):
+        export_compiled(MODELS[name], SYMBOLS, make_card(), folder / f"{name}.pt2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", RANKS)
+def test_ensembles_in_lammps_equal_python(folder, calculators, compiled_ensembles, ranks):
+    run_cases(folder, ranks, slow=True)
+    for case_ in SLOW_CASES:
+        compare(folder, calculators, ranks, *case_)
+
+
+def compare(folder, calculators, ranks, model, name, way):
+    """Every number of a case that was run."""
     atoms = SYSTEMS[name]
     want, virial = python_results(calculators[model], atoms)
     rows = read_dump(folder / f"{model}.{name}.{way}.{ranks}.dump")
@@ -220,12 +266,13 @@ def test_lammps_equals_python(folder, calculators, ranks, model, name, way):
     close(rows[:, 1:4], want["forces"], "forces")
     close(rows[:, 4], want["energies"], "energy of each atom")
     close(np.array(pressure) * volume / BAR_PER_EV_A3, virial, "virial")
-    for column, field in enumerate(FIELDS, start=5):
+    fields = fields_of(model)
+    for column, field in enumerate(fields, start=5):
         close(rows[:, column], want["energies" if field == keys.ENERGY else field], field)
     shared, to_neighbor = atomic_virials(calculators[model].model, atoms)
-    stresses = -rows[:, 5 + len(FIELDS) :] / BAR_PER_EV_A3
+    stresses = -rows[:, 5 + len(fields) :] / BAR_PER_EV_A3
     close(stresses[:, :6], shared, "virial of each atom")
-    if model == "local":
+    if model in STRICTLY_LOCAL:
         close(stresses[:, 6:], to_neighbor, "centroid virial of each atom")
 
 
@@ -234,7 +281,7 @@ def test_results_compared_differ_from_atom_to_atom(calculators, model):
     atoms = SYSTEMS["triclinic"]
     results, virial = python_results(calculators[model], atoms)
     assert np.abs(results["forces"]).max() > 0.1 and np.abs(virial).min() > 0.01
-    for field in ("energies", *FIELDS[1:]):
+    for field in ("energies", *fields_of(model)[1:]):
         for element in (0, 1):
             values = results[field][atoms.species == element]
             assert values.std() > 0.01 * np.abs(values).mean() > 0, (field, element)

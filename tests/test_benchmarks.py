@@ -1,10 +1,16 @@
 """The arithmetic of the benchmarks: what they compute rather than measure."""
 
 import importlib
+import json
+import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ase.build import bulk
+from ase.calculators.lj import LennardJones
+from ase.calculators.singlepoint import SinglePointCalculator
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -74,3 +80,126 @@ def test_atoms_near_a_cube_are_those_counted_one_by_one(benchmark):
     nearest = np.clip(atoms, 0, size)
     expected = (np.linalg.norm(atoms - nearest, axis=1) < 5.0).sum()
     assert scaling.sites_near(size, 5.0) == expected > 8 * 27
+
+
+def lennard_jones(rng, rattle, num_frames):
+    frames = []
+    for _ in range(num_frames):
+        atoms = bulk("Ar", "fcc", a=5.3, cubic=True)
+        atoms.rattle(rattle, rng=rng)
+        atoms.calc = LennardJones(sigma=3.4, epsilon=0.1, rc=5.0)
+        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+        frames.append(atoms)
+    return frames
+
+
+def test_rows_are_trained_once_scored_and_written_and_missing_ones_give_a_reason(
+    benchmark, monkeypatch, tmp_path, capsys
+):
+    modules = ("uncertainty", "uncertainty_data", "uncertainty_rows", "uncertainty_tables")
+    script, data, rows, tables = (benchmark(name) for name in modules)
+    rng = np.random.default_rng(0)
+
+    def split(folder):
+        parts = {"train": (0.1, 12), "valid": (0.1, 6), "id": (0.1, 6), "ood": (0.3, 6)}
+        return {name: lennard_jones(rng, *how) for name, how in parts.items()}
+
+    monkeypatch.setitem(data.DATASETS, "argon", ("", split))
+    monkeypatch.setattr(script, "HERE", tmp_path)
+    (tmp_path / "uncertainty_argon.yaml").write_text(
+        textwrap.dedent("""\
+            name: argon
+            data: {train: train.xyz, valid: valid.xyz, test: {ID: id.xyz, OOD: ood.xyz}}
+            model: {cutoff: 5.0, channels: 4, hidden: 8, num_radial: 4}
+            training: {epochs: 3, warmup_epochs: 1, num_threads: 1, accelerator: cpu}
+            """)
+    )
+    refitted = rows.Method("refitted", "scalar", ("scales",))
+    for name, method in (("refitted", refitted), ("none", replace(refitted, fit=("none",)))):
+        monkeypatch.setitem(rows.METHODS, name, method)
+    chosen = [rows.Row("argon", m, 0) for m in ("scalar", "refitted", "none")]
+    out = tmp_path / "runs"
+
+    def run(number, **how):
+        found = script.run(chosen[:number], tmp_path, out, num_resamples=4, **how)
+        return found, capsys.readouterr().out
+
+    results, said = run(3)
+    assert said.count("training argon-") == 1  # three rows, one network
+    assert results["argon/none/0"]["failed"].startswith("no uncertainty method 'none'")
+    first, second = (results[f"argon/{m}/0"] for m in ("scalar", "refitted"))
+    assert first["report"]["sets"]["held out"]["num_frames"] == 6
+    assert first["report"]["growth"]["force_std"]["value"] > 0
+    assert first["report"] == second["report"]
+    assert first["cost"]["seconds"] > first["cost"]["fit_seconds"] > 0
+    assert first["cost"]["inference_over_twin"] > 0
+    # nothing is done twice, and scoring needs no training
+    assert run(2)[1] == ""
+    again, said = run(1, score_only=True)
+    assert "training" not in said
+    assert again["argon/scalar/0"]["report"] == first["report"]
+
+    paths = tables.write_results(chosen, out / "rows", tmp_path / "results")
+    assert [p.suffix for p in paths] == [".md", ".json", ".png", ".png", ".png"]
+    page = paths[0].read_text()
+    assert str(tmp_path) not in page
+    for text in (
+        "| `refitted` |",
+        "force_std",
+        "*control* (of `scalar`) | num_atoms",
+        "1 / 10 / 0.1",
+    ):
+        assert text in page
+    assert "`argon/none/0`: no uncertainty method" in page
+    assert [r["row"] for r in json.loads(paths[1].read_text())] == [r.name for r in chosen]
+
+
+def test_an_ensemble_is_the_mean_with_its_spread_right_on_validation_frames(benchmark):
+    from lmp_hl.metrics import size_ratio
+    from lmp_hl.predictions import Predictions
+
+    script = benchmark("uncertainty")
+    rng = np.random.default_rng(1)
+
+    def members(num_frames, size):
+        true = rng.normal(size=(4 * num_frames, 3))
+        nothing = np.full((num_frames, 3, 3), np.nan)
+        wrong = rng.normal(0, 2 * size, true.shape)  # what all members have in common
+        controls = {"force_norm": np.ones(len(true)), "atom_energy": np.ones(len(true))}
+        return [
+            Predictions(
+                np.full(num_frames, 4), np.full(num_frames, ""), np.zeros(num_frames),
+                rng.normal(0, 0.5, num_frames), nothing, nothing,
+                np.repeat(np.arange(num_frames), 4), np.full(len(true), 1), true,
+                true + wrong + rng.normal(0, size, true.shape), {}, {}, controls,
+            )
+            for _ in range(5)
+        ]  # fmt: skip
+
+    sets = {"ID": members(500, 0.1), "valid": members(500, 0.1), "OOD": members(500, 0.3)}
+    found = script.ensemble([{n: p[k] for n, p in sets.items()} for k in range(5)])
+    for name, parts in sets.items():
+        forces = np.stack([p.forces for p in parts])
+        np.testing.assert_allclose(found[name].forces, forces.mean(0))
+        covariance = [np.cov(forces[:, atom].T) for atom in range(20)]
+        raw = found[name].fields["ensemble_raw_std"][:20]
+        np.testing.assert_allclose(raw, [np.sqrt(np.trace(c) / 3) for c in covariance])
+        energies = np.stack([p.energy for p in parts]).std(0, ddof=1)
+        std = found[name].fields["ensemble_energy_std"].reshape(-1, 4)
+        np.testing.assert_allclose(np.sqrt((std**2).sum(1)), energies)
+    valid, near, far = (found[n] for n in ("valid", "ID", "OOD"))
+    assert size_ratio(valid.fields["ensemble_force_std"], valid.error) == pytest.approx(1)
+    # 6000 components either side: 1 % each
+    for p in (near, far):
+        assert size_ratio(p.fields["ensemble_force_std"], p.error) == pytest.approx(1, abs=0.05)
+
+
+def test_every_row_has_a_method_and_every_method_a_training(benchmark):
+    rows, data = benchmark("uncertainty_rows"), benchmark("uncertainty_data")
+    assert len({row.name for row in rows.ROWS}) == len(rows.ROWS)
+    assert {row.method for row in rows.ROWS} == set(rows.METHODS)
+    assert {method.training for method in rows.METHODS.values()} <= set(rows.TRAININGS)
+    assert {row.dataset for row in rows.ROWS} == set(data.DATASETS)
+    for dataset in data.DATASETS:
+        assert (BENCHMARKS / f"uncertainty_{dataset}.yaml").is_file()

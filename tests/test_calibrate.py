@@ -168,7 +168,7 @@ def test_bad_input_is_refused_and_nothing_written(tiny_model, data, tmp_path, ca
 def test_files_without_statistics_are_refused(tiny_model, data, tmp_path, capsys):
     def altered(name, change):
         module = torch.jit.load(str(tiny_model))
-        change(module.stages.potential.methods.scales)
+        change(getattr(module.stages.ensemble.members, "0").methods.scales)
         outputs = module(dict(module.selftest_inputs), True, False)
         module.selftest_outputs = {k: outputs[k].detach() for k in module.selftest_outputs}
         path = tmp_path / name / "hl.pt"

@@ -7,11 +7,12 @@ import subprocess
 
 import pytest
 import torch
-from conftest import CUTOFF, ELEMENTS, FIELDS, calibrated, make_card, make_potential, make_structure
+from conftest import CUTOFF, ELEMENTS, calibrated, make_card, make_potential, make_structure
 
 from lmp_hl import HLCalculator, keys, model_file, runtime, stages
 from lmp_hl import compile as compile_module
 from lmp_hl.compile import export_compiled
+from lmp_hl.ensemble import Ensemble
 from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
 from lmp_hl.training.checkpoint import CHECKPOINT_FORMAT, export_checkpoint
@@ -133,7 +134,7 @@ def test_archive_holds_what_the_plugin_reads(compiled_models, scripted_models, t
     lines = reader.get_record("extra/lmp_hl_build.txt").decode().splitlines()
     keys_of_lines = [line.split(" ")[0] for line in lines]
     assert keys_of_lines == ["format", "torch", "device", "device_name", "cpu_features"]
-    assert lines[:3] == ["format 2", f"torch {torch.__version__}", "device cpu"]
+    assert lines[:3] == ["format 3", f"torch {torch.__version__}", "device cpu"]
     inner = tmp_path / "inner.pt"
     inner.write_bytes(reader.get_record("extra/hl.pt"))
     assert "AOTInductor" in model_file.load(inner).card["runtime"]
@@ -194,7 +195,7 @@ def test_another_build_of_the_same_torch_is_accepted(compiled_models, tmp_path):
 
 
 def test_newer_build_record_is_refused(compiled_models, tmp_path):
-    text = build_of(compiled_models["local"]).text().replace("format 2", "format 3")
+    text = build_of(compiled_models["local"]).text().replace("format 3", "format 4")
     other = rewritten(compiled_models["local"], tmp_path / "hl.pt2", build=text.encode())
     with pytest.raises(ValueError, match="newer lmp-hl than this; update"):
         model_file.load(other)
@@ -220,11 +221,11 @@ def test_truncated_package_is_refused(compiled_models, tmp_path):
 # exporting ---------------------------------------------------------------------------------------
 def test_comparison_at_export_notices_other_code(compiled_models):
     model = model_file.load(compiled_models["mp"])
-    stranger = stages.Stages(make_potential("mp", num_elements=2, seed=1), [keys.ENERGY, *FIELDS])
+    stranger = stages.Stages(Ensemble([make_potential("mp", num_elements=2, seed=1)]))
     compared = compile_module._Compared(stranger, model.compiled, 1e-9)
     inputs = graph_inputs(make_structure(ELEMENTS[:2], 9), ELEMENTS[:2], CUTOFF, 2, "float64")
     with pytest.raises(ValueError, match=r"compiled layer0 differs from the network by .*output 0"):
-        stages.evaluate(compared, inputs, model.fields, True)
+        stages.evaluate(compared, inputs, True)
 
 
 def test_missing_compiler_is_named(tmp_path):
@@ -264,12 +265,11 @@ def test_full_disk_while_compiling_names_the_folder(error, monkeypatch, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def write_checkpoint(path, dtype="float32", **model):
+def write_checkpoint(path, dtype="float32", seed=0, **model):
     """A checkpoint as training would leave it, with random weights."""
-    config = ModelConfig(
-        cutoff=CUTOFF, channels=3, num_radial=4, hidden=8, num_bins=32, dtype=dtype, **model
-    )
-    torch.manual_seed(0)
+    sizes = {"cutoff": CUTOFF, "channels": 3, "num_radial": 4, "hidden": 8, "num_bins": 32}
+    config = ModelConfig(**{**sizes, "dtype": dtype, **model})
+    torch.manual_seed(seed)
     potential = build_potential(config, 2)
     potential.reference_energies.copy_(torch.tensor([-1e5 - 1e-4, 7.0], dtype=torch.float64))
     content = {

@@ -4,7 +4,7 @@ import csv
 import json
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -13,9 +13,11 @@ from ase.build import bulk
 from ase.calculators.lj import LennardJones
 from ase.io import write
 from rich.console import Console
+from scipy.stats import chi2
 
 import lmp_hl
 from lmp_hl import cli, evaluate, keys
+from lmp_hl.report import with_constants
 
 CUTOFF = 5.0
 
@@ -28,8 +30,13 @@ class PairModel:
     cutoff: float = CUTOFF
     num_layers: int = 1
     dtype: str = "float64"
-    fields: list = field(default_factory=lambda: ["energy", "force_std", "distance"])
-    field_units: list = field(default_factory=lambda: ["eV", "eV/Angstrom", "1"])
+    card: dict = field(default_factory=lambda: {"conformal": {"coverage": 0.9}})
+    fields: list = field(
+        default_factory=lambda: ["energy", "force_std", "distance", "force_bound", "energy_std"]
+    )
+    field_units: list = field(
+        default_factory=lambda: ["eV", "eV/Angstrom", "1", "eV/Angstrom", "eV"]
+    )
 
     def evaluate(self, inputs, with_fields):
         vectors = inputs[keys.EDGE_VECTORS].clone().requires_grad_(True)
@@ -51,6 +58,8 @@ class PairModel:
             keys.EDGE_GRADIENTS: gradients,
             keys.FORCE_STD: std,
             keys.DISTANCE: torch.ones_like(std),
+            "force_bound": 1.5 * std,
+            "energy_std": torch.full_like(std, 0.002),
         }
 
 
@@ -167,8 +176,68 @@ def test_force_std_ranks_and_its_monotone_control_ranks_alike(report):
 def test_controls_take_the_sign_that_favours_them(report):
     for ranking in report["ranking"].values():
         for scores in ranking.values():
-            assert all(scores[c]["value"] >= 0 for c in evaluate.CONTROLS)
+            assert all(scores[c]["value"] >= 0 for c in report["controls"])
     assert report["ranking"]["held out"]["pooled"]["coordination"]["sign"] == -1
+
+
+def test_a_size_that_is_right_near_and_far_grows_as_the_error_does(report):
+    # sizes of 1000 components on either side: relative error of the ratio below 5 %, three times
+    assert report["growth"]["force_std"]["value"] == pytest.approx(1, abs=0.15)
+    held_out, seen = (report["sets"][n]["forces_rmse_meV_per_Angstrom"] for n in report["sets"])
+    # a constant does not grow at all
+    expected = seen["value"] / held_out["value"]
+    assert report["growth"]["element_error"]["value"] == pytest.approx(expected)
+    for numbers in report["sets"].values():
+        right, constant = (numbers["calibration"][n] for n in ("force_std", "element_error"))
+        assert right["reliability_slope"]["value"] == pytest.approx(1, abs=0.25)
+        assert right["miscalibration_area"]["value"] < 0.05
+        for score in ("gaussian_nll_nats", "energy_score_meV_per_Angstrom"):
+            assert right[score]["value"] < constant[score]["value"]
+        assert set(evaluate.CALIBRATION) <= set(right)
+
+
+def test_large_errors_and_frames_are_found_and_every_score_is_explained(report):
+    ranking = report["ranking"]["held out"]
+    assert ranking["large_error"]["force_std"]["value"] > 0.6
+    assert 0.2 < ranking["risk_coverage"]["force_std"]["value"] < 1
+    assert ranking["risk_coverage"]["distance"]["value"] == pytest.approx(0, abs=1e-12)
+    assert {*evaluate.CALIBRATION, "growth", *ranking, "auroc_mean"} <= set(evaluate.MEANINGS)
+    assert set(report["best_field"]) == {*ranking, "auroc_mean", "auroc_max"}
+
+
+def test_bounds_and_energy_sizes_are_held_against_what_they_claim(report):
+    for numbers in report["sets"].values():
+        # chi² of 3 components below 3 · 1.5² with probability 0.92, 320 atoms at least: ±4 sigma
+        covered = numbers["promises"]["errors_within_force_bound"]["value"]
+        assert covered == pytest.approx(chi2.cdf(3 * 1.5**2, 3), abs=0.06)
+        assert "force_bound" not in numbers["calibration"]
+        # 2 meV per atom, right for one atom, is sqrt(32) of the true 2 meV per atom of all
+        energy = numbers["energy_calibration"]["energy_std"]["size_ratio"]["value"]
+        assert energy == pytest.approx(1 / np.sqrt(32))
+
+
+def test_constants_of_elements_and_sites_come_from_the_seen_frames():
+    def predictions(errors, numbers):
+        forces = np.asarray(errors, dtype=float)[..., None].repeat(3, axis=-1).reshape(-1, 3)
+        num_frames, num_atoms = np.shape(errors)
+        one = np.ones(num_frames)
+        return evaluate.Predictions(
+            np.full(num_frames, num_atoms), np.full(num_frames, "(none)"), one, one,
+            np.full((num_frames, 3, 3), np.nan), np.full((num_frames, 3, 3), np.nan),
+            np.repeat(np.arange(num_frames), num_atoms), np.tile(numbers, num_frames),
+            np.zeros_like(forces), forces, {}, {}, {},
+        )  # fmt: skip
+
+    seen = predictions([[1, 2, 3], [1, 4, 3]], [1, 1, 6])
+    far = predictions([[9, 9, 9], [8, 8, 8]], [1, 1, 6])
+    controls = with_constants(far, seen).controls
+    hydrogen = np.sqrt((1 + 4 + 1 + 16) / 4)
+    np.testing.assert_allclose(controls["element_error"], [hydrogen, hydrogen, 3] * 2)
+    np.testing.assert_allclose(controls["site_error"], [1, np.sqrt(10), 3] * 2)
+    # an element that was never seen gets the error of all atoms; other molecules have other sites
+    other = with_constants(predictions([[9, 9, 9], [9, 9, 9]], [1, 6, 8]), seen).controls
+    assert other["element_error"][2] == pytest.approx(np.sqrt((1 + 4 + 9 + 1 + 16 + 9) / 6))
+    assert "site_error" not in other
 
 
 def test_stretched_frames_separate_from_seen_ones(report):
@@ -188,6 +257,8 @@ def test_per_frame_mean_and_max(sets):
     flat = values.ravel()
     np.testing.assert_allclose(sets[0].per_frame(flat, "mean"), values.mean(1))
     np.testing.assert_allclose(sets[0].per_frame(flat, "max"), values.max(1))
+    p = replace(sets[0], num_atoms=np.array([3, 7, 310]))
+    assert len(np.unique(p.per_frame(np.full(320, 0.1), "mean"))) == 1
 
 
 def test_coordination_counts_the_first_shell():
@@ -227,7 +298,9 @@ def test_csv_has_one_line_per_atom(sets, tmp_path):
 def test_figures_are_written(sets, report, tmp_path):
     paths = evaluate.write_figures(tmp_path / "f", {"held out": sets[0], "seen": sets[1]}, report)
     assert [p.name for p in paths] == [
-        "parity.png", "error_force_std.png", "error_distance.png", "rankings.png"
+        "parity.png",
+        *(f"error_{n}.png" for n in ("force_std", "distance", "force_bound", "energy_std")),
+        "rankings.png",
     ]  # fmt: skip
     assert all(p.stat().st_size > 10_000 for p in paths)
 
@@ -252,12 +325,14 @@ def test_run_reads_files_and_writes_what_was_asked_for(monkeypatch, tmp_path, ca
     outputs = {k: tmp_path / k for k in ("json", "csv", "figures")}
     words += [w for k, path in outputs.items() for w in (f"--{k}", str(path))]
     assert cli.main(words) == 0
-    assert "AUROC" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "AUROC" in printed and "errors within force bound" in printed
+    assert "promised for frames like the validation frames: 90%" in printed
     numbers = json.loads(outputs["json"].read_text())
     assert numbers["files"] == {"held out": files["held_out"], "seen": files["seen"]}
     assert numbers["sets"]["seen"]["energy_rmse_meV_per_atom"]["value"] == pytest.approx(2.0)
     assert len(outputs["csv"].read_text().splitlines()) == 1 + 6 * 32
-    assert len(list(outputs["figures"].iterdir())) == 4
+    assert len(list(outputs["figures"].iterdir())) == 6
 
 
 def test_no_frames_and_broken_fields_are_refused():

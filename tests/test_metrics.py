@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import uncertainty_toolbox
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
@@ -110,6 +111,114 @@ def test_reliability_curve_is_the_diagonal_for_known_gaussians():
     # 5000 errors of nearly one size: relative error of their rms 1/sqrt(2*5000) = 1 %, five times
     # that; the outermost bins span more sizes, which at most doubles it
     np.testing.assert_allclose(curve.observed, curve.predicted, rtol=0.1)
+
+
+def test_reliability_slope_and_ence_of_known_gaussians():
+    rng = np.random.default_rng(8)
+    std = np.exp(rng.normal(-2, 0.6, 40_000))
+    errors = rng.normal(0, std)
+    calibrated = metrics.reliability_curve(std, errors)
+    # observed sizes scatter by 1/sqrt(2*3333) = 1.2 % in 12 bins whose log sizes have a spread of
+    # 0.55: 0.012 / (0.55 sqrt(12)) = 0.006 of the slope; five times that
+    assert calibrated.slope == pytest.approx(1, abs=0.03)
+    assert calibrated.ence < 0.03  # sqrt(2/pi) of 1.2 %, three times
+    # predictions that differ twice as much (in the logarithm) as the errors do, and half as large
+    spread = metrics.reliability_curve(std**2, errors)
+    assert spread.slope == pytest.approx(0.5, abs=0.03)
+    assert metrics.reliability_curve(std / 2, errors).ence == pytest.approx(1, abs=0.05)
+    assert np.isnan(metrics.reliability_curve(np.ones(9), np.ones(9)).slope)
+    assert np.isnan(metrics.reliability_curve([1.0, 2.0], [0.0, 1.0]).slope)
+    # one atom in twelve without any error, all of them thought to be small
+    still = np.concatenate([errors, np.zeros(3600)])
+    curve = metrics.reliability_curve(np.concatenate([std, np.full(3600, 1e-3)]), still)
+    assert curve.slope == pytest.approx(1, abs=0.03)
+
+
+def test_a_weighted_reliability_curve_is_that_of_repeated_samples():
+    rng = np.random.default_rng(9)
+    std, errors = np.sort(rng.random(20)) + 0.1, rng.normal(size=20)
+    times = np.tile([1, 3], 10)  # the five bins end between samples
+    curve = metrics.reliability_curve(std, errors, 5, times)
+    repeated = metrics.reliability_curve(np.repeat(std, times), np.repeat(errors, times), 5)
+    np.testing.assert_allclose(curve.predicted, repeated.predicted)
+    np.testing.assert_allclose(curve.observed, repeated.observed)
+    assert curve.count.tolist() == [4] * 5
+
+
+def test_miscalibration_area_equals_uncertainty_toolbox():
+    rng = np.random.default_rng(10)
+    std = np.exp(rng.normal(-2, 0.4, 3000))
+    errors = rng.normal(0, std)
+    for factor in (0.5, 1.0, 3.0):
+        theirs = uncertainty_toolbox.miscalibration_area(
+            errors, factor * std, np.zeros(3000), num_bins=2000, vectorized=True
+        )
+        # theirs interpolates the steps of F between 2000 points
+        assert metrics.miscalibration_area(factor * std, errors) == pytest.approx(theirs, abs=1e-3)
+    # every error inside every interval: F = 1, the area under 1 - p
+    assert metrics.miscalibration_area(np.ones(5), np.zeros(5)) == pytest.approx(0.5)
+    times = rng.integers(0, 3, 3000)
+    repeated = metrics.miscalibration_area(np.repeat(std, times), np.repeat(errors, times))
+    assert metrics.miscalibration_area(std, errors, times) == pytest.approx(repeated)
+
+
+def test_gaussian_nll_and_sharpness_equal_uncertainty_toolbox():
+    rng = np.random.default_rng(11)
+    std, errors = rng.random(500) + 0.1, rng.normal(size=500)
+    theirs = uncertainty_toolbox.nll_gaussian(errors, std, np.zeros(500))
+    assert metrics.gaussian_nll(std, errors) == pytest.approx(theirs)
+    assert metrics.rmse(std) == pytest.approx(uncertainty_toolbox.sharpness(std))
+
+
+def test_energy_score_equals_its_definition_by_sampling():
+    rng = np.random.default_rng(12)
+    x, other = rng.normal(size=(2, 400_000, 3))
+    pair = np.linalg.norm(x - other, axis=1).mean() / 2
+    for length in (0.0, 1e-3, 0.7, 3.0, 20.0):
+        error = length * np.array([0.6, 0.0, 0.8])
+        sampled = 2 * (np.linalg.norm(x - error / 2, axis=1).mean() - pair)
+        # standard errors of the two means below 1.1/sqrt(4e5) and half of it, times 2, five times
+        assert metrics.energy_score([2.0], [error]) == pytest.approx(sampled, abs=0.02)
+    both = metrics.energy_score([1.0, 2.0], [[0, 0, 1], [0, 3, 0]], [3, 1])
+    one, two = (metrics.energy_score([s], [e]) for s, e in ((1, [0, 0, 1]), (2, [0, 3, 0])))
+    assert both == pytest.approx((3 * one + two) / 4)
+    # proper: the true size scores best
+    std = np.exp(rng.normal(-2, 0.4, 20_000))
+    errors = rng.normal(size=(20_000, 3)) * std[:, None]
+    scores = [metrics.energy_score(f * std, errors) for f in (0.7, 1.0, 1.4)]
+    assert min(scores) == scores[1]
+    with pytest.raises(ValueError, match=r"shape \(4,\) where \(num_samples, 3\)"):
+        metrics.energy_score([1.0], np.ones(4))
+
+
+def test_risk_coverage_gain_of_perfect_useless_and_known_signals():
+    rng = np.random.default_rng(13)
+    error = rng.random(4000)
+    gain = metrics.RiskCoverage([error**3, np.ones(4000), rng.random(4000), -error], error)()
+    assert gain[0] == pytest.approx(1)
+    assert gain[1] == pytest.approx(0, abs=1e-12)
+    assert gain[2] == pytest.approx(0, abs=0.1)
+    # uniform errors: R(c) = c/2 with the best order, 1 - c/2 with the worst, ½ with any
+    assert gain[3] == pytest.approx(-1, abs=0.02)
+    two = metrics.RiskCoverage([[0, 0, 1, 1]], [1.0, 1.0, 3.0, 3.0])
+    assert two() == pytest.approx(1)
+    assert np.isnan(metrics.RiskCoverage([[1, 2]], [1.0, 1.0])()[0])
+
+
+def test_risk_coverage_area_is_the_integral_of_the_mean_error_kept():
+    rng = np.random.default_rng(14)
+    error, signal = rng.random(300), rng.random(300)
+    times = rng.integers(0, 3, 300)
+    repeated = [np.repeat(v, times * 200) for v in (error, signal)]
+
+    def area(e, s):
+        kept = np.cumsum(e[np.argsort(s, kind="stable")])
+        return (kept / np.arange(1, len(e) + 1)).mean()
+
+    mean, best = repeated[0].mean(), area(repeated[0], repeated[0])
+    expected = (mean - area(*repeated)) / (mean - best)
+    # a sum over 60 000 steps for an integral
+    assert metrics.RiskCoverage([signal], error)(times)[0] == pytest.approx(expected, abs=1e-3)
 
 
 def test_sizes_must_be_positive():

@@ -16,7 +16,7 @@ from lmp_hl.nn.backbone import Backbone
 from lmp_hl.nn.heads import invariants
 from lmp_hl.potential import Potential, edge_forces
 from lmp_hl.training import frames as fr
-from lmp_hl.uncertainty.scales import _exponential
+from lmp_hl.uncertainty.scales import spd_exponential
 
 # preset, head, number of elements, l_max
 ALL = list(itertools.product(["local", "mp"], ["hlgauss", "scalar"], [1, 3], [2, 3]))
@@ -346,7 +346,7 @@ def force(request, potential_factory, structure_factory):
 
 def test_shape_of_the_force_distribution_is_spd_with_determinant_one(force):
     _, distribution, _ = force
-    shape = _exponential(distribution.generator)
+    shape = spd_exponential(distribution.generator)
     torch.testing.assert_close(shape, shape.transpose(1, 2))
     assert bool((torch.linalg.eigvalsh(shape) > 0).all())
     torch.testing.assert_close(torch.linalg.det(shape), torch.ones(9, dtype=torch.float64))
@@ -432,7 +432,7 @@ def test_unknown_architecture_is_refused():
     arguments = dict(num_elements=1, cutoff=4.0, channels=2, num_radial=2, num_scalars=2)
     with pytest.raises(ValueError, match="l_max must be at least 2"):
         Potential(**arguments, num_layers=1, head="scalar", l_max=1, num_bins=8, sigma=0.75)
-    with pytest.raises(ValueError, match="'hlgauss' or 'scalar', got 'mlp'"):
+    with pytest.raises(ValueError, match="'committee' or 'scalar', got 'mlp'"):
         Potential(**arguments, num_layers=1, head="mlp", l_max=2, num_bins=8, sigma=0.75)
     with pytest.raises(ValueError, match="l_max must be 1, 2 or 3"):
         Backbone(**arguments, num_layers=1, l_max=4)

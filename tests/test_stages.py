@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import CUTOFF, ELEMENTS, FIELDS, make_potential, make_structure
+from conftest import CUTOFF, ELEMENTS, make_potential, make_structure
 
 from lmp_hl import keys, stages
+from lmp_hl.ensemble import Ensemble
 from lmp_hl.graph import graph_inputs
 
 # the same sums in float64, some in another order
@@ -13,7 +14,7 @@ EXACT = 1e-12
 
 def make_stages(preset, num_layers=None):
     potential = make_potential(preset, num_elements=2, num_layers=num_layers)
-    return potential, stages.Stages(potential, [keys.ENERGY, *FIELDS])
+    return potential, stages.Stages(Ensemble([potential]))
 
 
 def inputs_of(potential, num_atoms=20):
@@ -28,7 +29,7 @@ def test_stages_give_what_one_pass_gives(preset, num_layers, scripted):
     potential, parts = make_stages(preset, num_layers)
     inputs = inputs_of(potential)
     runtime = torch.jit.script(parts) if scripted else parts
-    got = stages.evaluate(runtime, inputs, parts.fields, True)
+    got = stages.evaluate(runtime, inputs, True)
     expected = potential(inputs, True)
     assert set(got) == set(expected)
     for key, value in expected.items():
@@ -58,7 +59,7 @@ def test_no_atoms_and_no_edges_are_evaluated(preset, num_atoms):
     structure = make_structure(ELEMENTS[:2], 1, pbc=False)[:num_atoms]
     layers = 1 + len(potential.backbone.message_layers)
     inputs = graph_inputs(structure, ELEMENTS[:2], CUTOFF, layers, "float64")
-    got = stages.evaluate(torch.jit.script(parts), inputs, parts.fields, True)
+    got = stages.evaluate(torch.jit.script(parts), inputs, True)
     assert got[keys.EDGE_GRADIENTS].shape == (0, 3)
     for key, value in potential(inputs, True).items():
         torch.testing.assert_close(got[key], value.detach(), rtol=EXACT, atol=EXACT)

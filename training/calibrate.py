@@ -21,15 +21,17 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from lmp_hl import __version__, evaluate, keys
+from lmp_hl.ensemble import Ensemble
 from lmp_hl.export import replace_file
 from lmp_hl.model_file import Model, load
 from lmp_hl.nn.backbone import Features
 from lmp_hl.nn.heads import AtomicEnergy
 from lmp_hl.potential import Potential, edge_forces
-from lmp_hl.uncertainty import METHODS, Atoms, Method, Sizes
-from lmp_hl.uncertainty.conformal import MIN_FRAMES
+from lmp_hl.uncertainty import METHODS, Atoms, Method, Sizes, conformal
 
 from . import frames as fr
+
+MIN_FRAMES = 5  # to calibrate an ensemble on
 
 
 def calibrate(
@@ -51,6 +53,7 @@ def calibrate(
     seen = collect_atoms(working, train)
     held = collect_atoms(working, valid)
     summary = _describe(held)
+    summary.update(working.energy_head.fit(seen, held))
     for method in working.uncertainty_methods():
         summary.update(method.fit(seen, held))
     potential.load_state_dict(working.state_dict())
@@ -88,14 +91,23 @@ def recalibrate(
             "checkpoint (lmp-hl export model.ckpt hl.pt)"
         )
     frames = evaluate.read(data_path, model.elements, **label_keys)
-    if len(frames) < MIN_FRAMES:
+    if len(frames) < conformal.MIN_FRAMES:
         raise ValueError(
-            f"{data_path}: {len(frames)} frames; calibration needs at least {MIN_FRAMES}, because "
+            f"{data_path}: {len(frames)} frames; calibration needs at least "
+            f"{conformal.MIN_FRAMES}, because "
             "it holds out a quarter of the frames at a time to see the error of its own fit"
         )
-    potential = model.module.stages.potential
+    members = list(model.module.stages.ensemble.members.children())
+    if len(members) > 1:
+        raise ValueError(
+            f"{model_path}: an ensemble of {len(members)} potentials; export it again with "
+            f"lmp-hl export --valid {data_path} and its checkpoints"
+        )
+    potential = members[0]
     scripted = dict(potential.methods.named_children())
-    methods = {name: _copy(model, name, module) for name, module in scripted.items()}
+    methods = {
+        name: _copy(model, potential.backbone, name, module) for name, module in scripted.items()
+    }
     if not methods:
         raise ValueError(f"{model_path}: carries no uncertainty method (model.uncertainty)")
     energies = potential.reference_energies.tolist()
@@ -133,11 +145,10 @@ def recalibrate(
     return summary
 
 
-def _copy(model: Model, name: str, scripted: torch.jit.ScriptModule) -> Method:
+def _copy(model: Model, backbone: Any, name: str, scripted: torch.jit.ScriptModule) -> Method:
     """A method of a model file as one that can be fitted, in float64."""
-    parts = model.module.stages
-    l_max = math.isqrt(parts.num_components) - 1
-    sizes = Sizes(parts.num_scalars, parts.channels, l_max, len(model.elements))
+    l_max = math.isqrt(backbone.num_components) - 1
+    sizes = Sizes(backbone.num_scalars, backbone.channels, l_max, len(model.elements))
     found = scripted.state_dict()
     if name in METHODS:
         method = METHODS[name](sizes).double()
@@ -163,6 +174,7 @@ def _rewritten(model: Model, fields: list[str], card: dict[str, Any]) -> bytes:
     """Content of the file with what it says about itself made true again."""
     module = model.module
     module.card = json.dumps(card, indent=1)
+    # no ensemble, so no fields but those of the last stage
     module.fields = module.stages.fields = fields
     module.field_units = [keys.FIELD_UNITS[name] for name in fields]
     outputs = module(dict(module.selftest_inputs), True, False)
@@ -214,6 +226,56 @@ def collect_atoms(potential: Potential | torch.jit.ScriptModule, dataset: fr.Gra
         torch.cat(errors),
         torch.tensor(energy_errors, dtype=dtype),
     )
+
+
+def calibrate_ensemble(ensemble: Ensemble, held: fr.GraphDataset) -> dict[str, Any]:
+    """Set in place what an ensemble learns from frames that no member was trained on.
+
+    The members' mean energies of an atom of each element, and the factor of ensemble_force_std,
+    which makes its mean square that of the errors of a force component.
+
+    Args:
+        ensemble: of trained members.
+        held: at least MIN_FRAMES frames.
+
+    Returns:
+        For the card: factor, number of frames and atoms, force RMSE in eV/Å of the ensemble,
+        Spearman correlation of every field with the force error.
+
+    Raises:
+        ValueError: too few frames, or members that do not disagree on them.
+    """
+    if len(held) < MIN_FRAMES:
+        raise ValueError(f"wanted at least {MIN_FRAMES} frames to calibrate on, got {len(held)}")
+    working = copy.deepcopy(ensemble).cpu().eval().double()
+    outputs, species, errors = [], [], []
+    for graph in held:
+        inputs = {**graph, keys.EDGE_VECTORS: graph[keys.EDGE_VECTORS].double()}
+        outputs.append({k: v.detach() for k, v in working(inputs, True).items()})
+        gradients = outputs[-1].pop(keys.EDGE_GRADIENTS)
+        forces = edge_forces(graph[keys.EDGE_INDEX], gradients, int(graph[fr.NUM_ATOMS]))
+        species.append(graph[keys.SPECIES])
+        errors.append(graph[fr.TARGET_FORCES].double() - forces)
+        del outputs[-1][keys.ENERGY]
+    found = {name: torch.cat([of_one[name] for of_one in outputs]) for name in outputs[0]}
+    element, error = torch.cat(species), torch.cat(errors)
+
+    energies = found.pop(keys.MEMBERS)
+    std = found[keys.ENSEMBLE_FORCE_STD]
+    rmse = error.square().mean().sqrt()
+    if not std.max() > 1e-9 * rmse:
+        raise ValueError("the members of the ensemble do not disagree on the frames given")
+    factor = rmse / (std / working.force_factor).square().mean().sqrt()
+    ensemble.force_factor.copy_(factor)
+    for z in element.unique():
+        ensemble.energy_means[:, z] = energies[element == z].mean(0)
+    return {
+        "force_factor": float(factor),
+        "frames": len(held),
+        "atoms": len(element),
+        "force_rmse": float(rmse),
+        "ranking": _rank(found, list(found), error),
+    }
 
 
 def _rank(fields: Mapping[str, Tensor], names: Sequence[str], errors: Tensor) -> dict[str, float]:

@@ -4,17 +4,20 @@ import dataclasses
 import importlib.metadata
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from lmp_hl.ensemble import Ensemble
 from lmp_hl.export import export_potential
 from lmp_hl.potential import Potential
 
 from . import frames as fr
-from .config import ModelConfig, TrainConfig, to_yaml
+from .calibrate import calibrate_ensemble
+from .config import DataConfig, ModelConfig, TrainConfig, to_yaml
 from .module import build_potential
 from .notebook import read_metrics
 
@@ -109,32 +112,93 @@ def load_checkpoint(
 
 
 def export_checkpoint(
-    checkpoint: str | Path,
+    checkpoints: str | Path | Sequence[str | Path],
     path: str | Path,
     runtime: str = "torchscript",
     dtype: str | None = None,
     device: str = "cpu",
     cpu_isa: str = "native",
+    valid: str | Path | None = None,
 ) -> Path:
-    """Export the model.ckpt of a finished training run as `hl.pt` or `hl.pt2`.
+    """Export the model.ckpt of finished training runs as `hl.pt` or `hl.pt2`.
 
     Args:
-        checkpoint: written by save_checkpoint.
+        checkpoints: written by save_checkpoint; several become the members of one ensemble.
         path: file to write.
         runtime: "torchscript" (`hl.pt`, any device) or "aoti" (`hl.pt2`, compiled).
         dtype: "float32" or "float64"; None: as it was trained.
         device: of a compiled model, "cpu" or "cuda".
         cpu_isa: of a compiled model, see export_compiled.
+        valid: frames that no member was trained on, to calibrate an ensemble's disagreement.
 
     Raises:
-        ValueError: see load_checkpoint and export_compiled.
+        ValueError: see load_checkpoint, export_compiled, Ensemble and calibrate_ensemble; a single
+            potential and `valid`; members for different elements.
     """
-    potential, elements, card = load_checkpoint(checkpoint, dtype)
+    potential: Potential | Ensemble
+    single = isinstance(checkpoints, str | Path)
+    paths = [Path(p) for p in ([checkpoints] if single else checkpoints)]
+    if len(paths) > 1:
+        potential, elements, card = load_ensemble(paths, dtype, valid)
+    else:
+        potential, elements, card = load_checkpoint(paths[0], dtype)
+        if valid is not None:
+            raise ValueError(
+                f"{valid}: frames to calibrate the disagreement of several checkpoints, but only "
+                f"{paths[0]} is given; a single potential was calibrated when it was trained"
+            )
     if runtime == "aoti":
         from lmp_hl.compile import export_compiled
 
         return export_compiled(potential, elements, card, path, device, cpu_isa)
     return export_potential(potential, elements, card, path)
+
+
+def load_ensemble(
+    paths: Sequence[Path], dtype: str | None = None, valid: str | Path | None = None
+) -> tuple[Ensemble, list[str], dict[str, Any]]:
+    """Several checkpoints as one potential.
+
+    Args:
+        paths: of checkpoints of runs that differ in their seed, or in more.
+        dtype: see load_checkpoint.
+        valid: frames, with labels under the keys of the first run, to calibrate the disagreement.
+
+    Returns:
+        ensemble, elements, card: the first member's, and "ensemble" with what is about all.
+
+    Raises:
+        ValueError: see export_checkpoint.
+    """
+    members, elements, cards = zip(*(load_checkpoint(path, dtype) for path in paths), strict=True)
+    for path, found in zip(paths, elements, strict=True):
+        if found != elements[0]:
+            raise ValueError(
+                f"{path}: for the elements {' '.join(found)}, but {paths[0]} is for "
+                f"{' '.join(elements[0])}; members of an ensemble must have the same"
+            )
+    ensemble = Ensemble(members)
+    card = dict(cards[0])
+    about: dict[str, Any] = {
+        "members": [{"name": c.get("name"), **c.get("training", {})} for c in cards]
+    }
+    if valid is not None:
+        labels = ("energy_key", "forces_key", "stress_key")
+        of_run = card.get("config", {}).get("data", {})
+        config = DataConfig(train=(Path(valid),), **{k: of_run[k] for k in labels if k in of_run})
+        backbone = members[0].backbone
+        graphs = fr.GraphDataset(
+            fr.read_frames(valid, config, "valid", elements[0]),
+            elements[0],
+            dict.fromkeys(elements[0], 0.0),
+            float(backbone.radial.cutoff),
+            1 + len(backbone.message_layers),
+            "float64",
+        )
+        found = calibrate_ensemble(ensemble, graphs)
+        card["calibration"] = {**card.get("calibration", {}), "ranking": found.pop("ranking")}
+        about["calibration"] = {"file": str(valid), **found}
+    return ensemble, elements[0], {**card, "ensemble": about}
 
 
 def _last_metrics(path: Path) -> dict[str, float]:

@@ -82,8 +82,11 @@ class ModelConfig:
     preset: Literal["local", "mp"] = "local"
     """"local": an atom's energy depends on what is within the cutoff; "mp": message passing."""
 
-    head: Literal["hlgauss", "scalar"] = "hlgauss"
-    """Per-atom energy as a histogram, or as one number (the control)."""
+    head: Literal["hlgauss", "committee", "scalar"] = "hlgauss"
+    """Per-atom energy as a histogram, as the mean of several, or as one number (the control)."""
+
+    num_members: int = 4
+    """Heads of a committee."""
 
     cutoff: float = 5.0
     """Å; an edge is shorter than this."""
@@ -109,6 +112,9 @@ class ModelConfig:
     sigma: float = 0.75
     """Width of the HL-Gauss target kernel, in bin widths."""
 
+    target: Literal["hlgauss", "two_hot", "one_hot"] = "hlgauss"
+    """Kernel of the histogram's target: a Gaussian, or as controls two bins or one."""
+
     bin_width: float | None = None
     """eV; null: measured from the energy errors at the end of the scalar warm-up."""
 
@@ -124,6 +130,7 @@ class ModelConfig:
         for name in ("channels", "num_radial", "hidden"):
             _require(getattr(self, name) > 0, f"model.{name}", "> 0", getattr(self, name))
         _require(self.l_max in (2, 3), "model.l_max", "2 or 3", self.l_max)
+        _require(self.num_members >= 2, "model.num_members", ">= 2", self.num_members)
         _require(self.sigma > 0, "model.sigma", "> 0 bin widths", self.sigma)
         # the support is padded by 4 sigma on either side and needs room between
         least = max(2.0, 16 * self.sigma)
@@ -134,6 +141,12 @@ class ModelConfig:
         known = ", ".join(uncertainty.METHODS)
         for name in self.uncertainty:
             _require(name in uncertainty.METHODS, "model.uncertainty", f"among {known}", name)
+        trained = [name for name in self.uncertainty if uncertainty.METHODS[name].trained]
+        wanted = "at most one of those that take the place of the squared force error"
+        _require(len(trained) <= 1, "model.uncertainty", wanted, ", ".join(trained))
+        if "mean_variance" in trained:
+            wanted = "scalar with uncertainty mean_variance (its likelihood is the energy's loss)"
+            _require(self.head == "scalar", "model.head", wanted, self.head)
         if self.preset == "local":
             wanted = "1 or null (preset local is strictly local; use preset: mp)"
             _require(self.num_layers in (None, 1), "model.num_layers", wanted, self.num_layers)
@@ -158,6 +171,18 @@ class LossConfig:
     """Weight of (ΔE)²/N, eV², the sum over the atoms of their equal shares of the energy error
     squared; the HL-Gauss cross-entropy is scaled to the same gradient, whatever the bin width."""
 
+    energy_target: Literal["shares", "latent", "pooled_probs", "pooled_logits", "sum"] = "shares"
+    """What of the atoms' histograms is compared with a frame's energy: see
+    lmp_hl.training.energy_targets; the pooled forms are controls."""
+
+    cross_entropy: float = 1.0
+    """Share of the cross-entropy in the energy loss, the rest is the squared error; 0: a histogram
+    that only the expectation trains (a control)."""
+
+    member_frames: Literal["all", "bootstrap"] = "all"
+    """Frames each head of a committee is trained on: all alike, or weighted by Poisson draws of
+    mean 1 of its own (a bootstrap that is the same in every epoch)."""
+
     forces: float = 10.0
     """Weight of the squared error of a force component, (eV/Å)²."""
 
@@ -168,6 +193,8 @@ class LossConfig:
         """Refuse values out of range."""
         for name in ("energy", "forces", "stress"):
             _require(getattr(self, name) >= 0, f"loss.{name}", ">= 0", getattr(self, name))
+        share = self.cross_entropy
+        _require(0 <= share <= 1, "loss.cross_entropy", "0 <= x <= 1", share)
         _require(self.energy > 0 or self.forces > 0, "loss", "energy or forces > 0", 0)
 
 
@@ -180,7 +207,7 @@ class TrainingConfig:
 
     warmup_epochs: int = 10
     """First epochs with a scalar output; after them the histogram's support is measured and its
-    loss switched on. Only used with head: hlgauss."""
+    loss switched on, or that of a trained uncertainty method. Not used otherwise."""
 
     batch_size: int = 5
     """Frames per step and device."""
@@ -243,6 +270,9 @@ class TrainConfig:
         plain = re.fullmatch(r"[\w.+-]+", self.name) is not None and self.name[0] != "."
         _require(plain, "name", "letters, digits and _.+- (it names a folder)", self.name)
         _require(self.seed >= 0, "seed", ">= 0", self.seed)
+        if self.loss.energy_target == "latent":
+            wanted = "hlgauss with loss.energy_target: latent (it widens the kernel)"
+            _require(self.model.target == "hlgauss", "model.target", wanted, self.model.target)
 
 
 def load_config(path: str | Path) -> TrainConfig:

@@ -4,14 +4,18 @@ Weights and units make the histogram and the scalar control comparable: the ener
 the gradient of (dE)^2 / N in the mean energy of every atom, whatever the bin width.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lmp_hl import histogram, keys
+from lmp_hl.nn.backbone import Features
 from lmp_hl.nn.heads import AtomicEnergy, HistogramEnergy
 from lmp_hl.potential import Potential, edge_forces
+from lmp_hl.uncertainty import Atoms
+from lmp_hl.uncertainty.committee import CommitteeEnergy
 
 from . import frames as fr
 
@@ -20,21 +24,47 @@ class Prediction(NamedTuple):
     """A batch evaluated with everything the losses need.
 
     energy: (num_graphs,) float64, eV, without reference energies; forces: (num_nodes, 3), eV/Å;
-    stress: (num_graphs, 3, 3), eV/Å³; atoms: per-atom output of the energy head.
+    stress: (num_graphs, 3, 3), eV/Å³; atoms: per-atom output of the energy head; features: of the
+    atoms; members: output of every head of a committee.
     """
 
     energy: Tensor
     forces: Tensor
     stress: Tensor
     atoms: AtomicEnergy
+    features: Features | None = None
+    members: Sequence[AtomicEnergy] = ()
 
 
-def predict(potential: Potential, batch: dict[str, Tensor], create_graph: bool) -> Prediction:
-    """Energies, forces and stress of a batch; `create_graph`: differentiable in the weights."""
+def predict(
+    potential: Potential, batch: dict[str, Tensor], create_graph: bool, turn: int | None = None
+) -> Prediction:
+    """Energies, forces and stress of a batch.
+
+    Args:
+        potential: to evaluate.
+        batch: of graphs.
+        create_graph: make them differentiable in the weights.
+        turn: of a committee, forces and stress of frame f are those of member (turn + f) modulo
+            their number: with a step's number for it every member's forces are trained, at the
+            price of one gradient. None: those of the mean energy.
+    """
     vectors = batch[keys.EDGE_VECTORS].detach().requires_grad_(True)
-    _, atoms = potential.atoms({**batch, keys.EDGE_VECTORS: vectors})
-    (gradient,) = torch.autograd.grad([atoms.energy.sum()], [vectors], create_graph=create_graph)
     graph_of = batch[fr.BATCH]
+    head, members = potential.energy_head, list[AtomicEnergy]()
+    inputs = {**batch, keys.EDGE_VECTORS: vectors}
+    if isinstance(head, CommitteeEnergy):
+        features = potential.backbone(inputs)
+        members = head.members(features.scalars, batch[keys.SPECIES])
+        atoms = head.combine(members)
+    else:
+        features, atoms = potential.atoms(inputs)
+    differentiated = atoms.energy
+    if members and turn is not None:
+        chosen = member_of(turn, graph_of, len(members))
+        each = torch.stack([member.energy for member in members], 1)
+        differentiated = each.gather(1, chosen.unsqueeze(1))
+    (gradient,) = torch.autograd.grad([differentiated.sum()], [vectors], create_graph=create_graph)
     num_graphs = batch[fr.NUM_ATOMS].shape[0]
     energy = atoms.energy.new_zeros(num_graphs, dtype=torch.float64)
     energy = energy.index_add(0, graph_of, atoms.energy.double())
@@ -43,13 +73,52 @@ def predict(potential: Potential, batch: dict[str, Tensor], create_graph: bool) 
     virial = outer.new_zeros((num_graphs, 3, 3))
     virial = virial.index_add(0, graph_of[batch[keys.EDGE_INDEX][0]], outer)
     stress = 0.5 * (virial + virial.transpose(1, 2)) / batch[fr.VOLUME].reshape(-1, 1, 1)
-    return Prediction(energy, forces, stress, atoms)
+    return Prediction(energy, forces, stress, atoms, features, members)
 
 
-def energy_squared(prediction: Prediction, batch: dict[str, Tensor]) -> Tensor:
-    """Mean over frames of (dE)^2 / N, eV²."""
+def member_of(turn: int, graph: Tensor, num_members: int) -> Tensor:
+    """The member of a committee whose forces are trained on a graph of the batch."""
+    return (graph + turn) % num_members
+
+
+def by_member(prediction: Prediction, batch: dict[str, Tensor]) -> list[Prediction]:
+    """The prediction of every head that is trained on its own energies: of one head, its own."""
+    out = []
+    for atoms in prediction.members:
+        energy = torch.zeros_like(prediction.energy)
+        energy = energy.index_add(0, batch[fr.BATCH], atoms.energy.double())
+        out.append(prediction._replace(energy=energy, atoms=atoms, members=()))
+    return out or [prediction]
+
+
+def bootstrap_weights(batch: dict[str, Tensor], num_members: int) -> Tensor:
+    """Weights (num_graphs, num_members) of the frames for each member: Poisson draws of mean 1.
+
+    Drawn from a hash (splitmix64) of the frame's energy label and the member, so that a frame has
+    the same weights in every epoch, batch and process.
+    """
+    x = batch[fr.TARGET_ENERGY].double().view(torch.int64).unsqueeze(1)
+    x = x + (1 + torch.arange(num_members, device=x.device)) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    x = x ^ ((x >> 31) & ((1 << 33) - 1))
+    uniform = ((x >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
+    counts = torch.arange(16, dtype=torch.float64, device=x.device)
+    cumulative = torch.cumsum(torch.exp(-1.0 - torch.lgamma(counts + 1.0)), 0)
+    return (uniform.unsqueeze(2) > cumulative).sum(2).double()
+
+
+def energy_squared(
+    prediction: Prediction, batch: dict[str, Tensor], frame_weights: Tensor | None = None
+) -> Tensor:
+    """Mean over frames, weighted by (num_graphs,) weights if given, of (dE)^2 / N, eV²."""
     residual = prediction.energy - batch[fr.TARGET_ENERGY]
-    return (residual.square() / batch[fr.NUM_ATOMS]).mean()
+    return weighted(residual.square() / batch[fr.NUM_ATOMS], frame_weights).mean()
+
+
+def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Values times weights, if there are any."""
+    return values if weights is None else values * weights
 
 
 class HistogramLoss(NamedTuple):
@@ -60,10 +129,18 @@ class HistogramLoss(NamedTuple):
     spread: Tensor
 
 
+# smallest excess variance that latent shares tell apart, in units of w²
+LATENT_FLOOR = 0.01
+
+
 def energy_histogram(
-    head: HistogramEnergy, prediction: Prediction, batch: dict[str, Tensor]
+    head: HistogramEnergy,
+    prediction: Prediction,
+    batch: dict[str, Tensor],
+    latent: bool = False,
+    frame_weights: Tensor | None = None,
 ) -> HistogramLoss:
-    """HL-Gauss cross-entropy with equal shares.
+    """HL-Gauss cross-entropy of every atom's histogram with its share of the frame's energy.
 
     Atom i's target is N(E_i + dE / N, sigma^2), E_i its detached mean and dE the frame's missing
     energy, in the bins that stand at its detached anchor. Its cross-entropy is multiplied by 2
@@ -71,24 +148,39 @@ def energy_histogram(
     gradient of (dE)^2 / N, and atoms whose histogram has widened are not neglected. The mean over
     frames of the sum over atoms is returned, less the floor of the entropy.
 
+    `latent`: instead of equal ones, the shares that an expectation-maximisation step expects of
+    independent Gaussian atomic errors: share_i = v_i / sum_j v_j of the excess variances (at least
+    LATENT_FLOOR), target N(E_i + share_i dE, sigma^2 + v_i (1 - share_i)), whose second term is
+    what the sum leaves open. The pulls on the anchors add up to the same.
+
     A target beyond the support has no histogram: there the squared error takes over, with the same
     pull, and the share of such targets is returned for the log.
     """
     graph_of = batch[fr.BATCH]
     width = head.bin_width
-    share = (batch[fr.TARGET_ENERGY] - prediction.energy).detach() / batch[fr.NUM_ATOMS]
+    missing = (batch[fr.TARGET_ENERGY] - prediction.energy).detach()
     atoms = prediction.atoms
-    offset = (atoms.energy - atoms.anchor).detach().double()
-    targets = ((offset + share[graph_of]) / width).to(atoms.logits.dtype)  # in bins from the anchor
-    sigma = torch.full_like(targets, head.sigma_in_bins)
-    target_probs = histogram.hl_gauss(targets, head.edges, sigma)
-    entropy = histogram.cross_entropy(target_probs, atoms.logits)
     probs = torch.softmax(atoms.logits.detach(), 1)
     excess = histogram.excess_variance(probs, head.offsets, head.sigma_in_bins, 1.0)
+    share = (missing / batch[fr.NUM_ATOMS])[graph_of]
+    kernel = head.sigma_in_bins**2
+    open_variance = torch.zeros_like(excess)
+    if latent:
+        v = excess.clamp(min=LATENT_FLOOR)
+        part = v / torch.zeros_like(missing, dtype=v.dtype).index_add(0, graph_of, v)[graph_of]
+        share = missing[graph_of] * part
+        open_variance = v * (1.0 - part)
+    offset = (atoms.energy - atoms.anchor).detach().double()
+    targets = ((offset + share) / width).to(atoms.logits.dtype)  # in bins from the anchor
+    target_probs = head.target_probs(targets, (kernel + open_variance).sqrt())
+    floor = head.entropy_floor() + 0.5 * torch.log1p(open_variance / head.kernel_variance())
+    entropy = histogram.cross_entropy(target_probs, atoms.logits)
     scale = 2.0 * atoms.tau2.detach()
-    squared = (atoms.energy.double() - (atoms.energy.detach() + share[graph_of])).square()
+    squared = (atoms.energy.double() - (atoms.energy.detach() + share)).square()
     outside = histogram.outside_support(targets, head.edges)
-    per_atom = torch.where(outside, squared, scale * (entropy - head.entropy_floor()).double())
+    per_atom = torch.where(outside, squared, scale * (entropy - floor).double())
+    if frame_weights is not None:
+        per_atom = per_atom * frame_weights[graph_of]
     excess = excess.clamp(min=0.0).mean()
     return HistogramLoss(
         per_atom.sum() / batch[fr.NUM_ATOMS].shape[0],
@@ -97,9 +189,38 @@ def energy_histogram(
     )
 
 
-def forces_squared(prediction: Prediction, batch: dict[str, Tensor]) -> Tensor:
-    """Mean squared error of a force component, (eV/Å)²."""
-    return (prediction.forces - batch[fr.TARGET_FORCES]).square().mean()
+def with_errors(prediction: Prediction, batch: dict[str, Tensor], detach: bool) -> Atoms:
+    """The atoms of a batch as an uncertainty method's loss sees them.
+
+    Args:
+        prediction: of predict.
+        batch: with targets.
+        detach: cut the gradients of features, energies and errors.
+    """
+
+    def cut(value: Tensor) -> Tensor:
+        return value.detach() if detach else value
+
+    if prediction.features is None:
+        raise ValueError("the prediction has no features; make it with predict()")
+    return Atoms(
+        Features(*map(cut, prediction.features)),
+        AtomicEnergy(*map(cut, prediction.atoms)),
+        batch[keys.SPECIES],
+        batch[fr.BATCH],
+        cut(batch[fr.TARGET_FORCES] - prediction.forces),
+        cut(batch[fr.TARGET_ENERGY] - prediction.energy),
+    )
+
+
+def forces_squared(
+    prediction: Prediction, batch: dict[str, Tensor], frame_weights: Tensor | None = None
+) -> Tensor:
+    """Mean squared error of a force component, (eV/Å)²; weighted by frame if asked for."""
+    squared = (prediction.forces - batch[fr.TARGET_FORCES]).square()
+    if frame_weights is not None:
+        squared = squared * frame_weights[batch[fr.BATCH]].unsqueeze(1)
+    return squared.mean()
 
 
 def stress_squared(prediction: Prediction, batch: dict[str, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from lmp_hl.potential import Potential
 from . import frames as fr
 from . import losses
 from .config import ModelConfig, TrainConfig
+from .energy_targets import energy_loss
 
 # share of the schedule in which the learning rate rises, and where it ends
 RISE, END = 0.02, 0.01
@@ -40,6 +41,8 @@ def build_potential(config: ModelConfig, num_elements: int) -> Potential:
             num_scalars=config.hidden,
             num_bins=config.num_bins,
             sigma=config.sigma,
+            num_members=config.num_members,
+            target=config.target,
             methods=config.uncertainty,
         )
     finally:
@@ -58,21 +61,31 @@ class PotentialModule(L.LightningModule):
         super().__init__()
         self.potential = potential
         self.config = config
-        # fitted after training on frozen features, never by the loss
-        potential.methods.requires_grad_(False)
+        # most methods are fitted after training on frozen features, never by the loss
+        for method in potential.uncertainty_methods():
+            method.requires_grad_(method.trained)
         self._sums: dict[str, Tensor] = {}
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether the warm-up with squared errors is over."""
+        return self.current_epoch >= self.config.training.warmup_epochs
 
     @property
     def uses_histogram(self) -> bool:
         """Whether the energy loss is the cross-entropy at this epoch (after the warm-up)."""
-        is_histogram = isinstance(self.potential.energy_head, HistogramEnergy)
-        return is_histogram and self.current_epoch >= self.config.training.warmup_epochs
+        return self.is_warm and len(self.histograms) > 0
+
+    @property
+    def histograms(self) -> list[HistogramEnergy]:
+        """The histogram heads: one, a committee's, or none."""
+        parts = self.potential.energy_head.parts()
+        return [part for part in parts if isinstance(part, HistogramEnergy)]
 
     def configure_optimizers(self) -> Any:
         """AdamW with a short linear rise and a cosine descent to 1 % of the learning rate."""
         training = self.config.training
-        head = self.potential.energy_head
-        shape = head.shape_parameters() if isinstance(head, HistogramEnergy) else []
+        shape = [p for head in self.histograms for p in head.shape_parameters()]
         chosen = {id(parameter) for parameter in shape}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in chosen]
         optimizer = torch.optim.AdamW(
@@ -103,11 +116,8 @@ class PotentialModule(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Measure the bin width once the scalar warm-up is over."""
         self._sums = {}
-        head = self.potential.energy_head
-        if (
-            isinstance(head, HistogramEnergy)
-            and self.current_epoch == self.config.training.warmup_epochs
-        ):
+        if self.histograms and self.current_epoch == self.config.training.warmup_epochs:
+            head = self.histograms[0]
             loader = self.trainer.train_dataloader
             set_bin_width(self.potential, loader, self.config.model.bin_width, self.device)
             self.print(
@@ -121,8 +131,7 @@ class PotentialModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the histogram's shape untouched while the loss does not see it."""
-        head = self.potential.energy_head
-        if isinstance(head, HistogramEnergy) and not self.uses_histogram:
+        for head in [] if self.uses_histogram else self.histograms:
             for parameter in head.shape_parameters():
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -144,15 +153,26 @@ class PotentialModule(L.LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor], split: str) -> Tensor:
         weights = self.config.loss
-        prediction = losses.predict(self.potential, batch, create_graph=split == "train")
-        head = self.potential.energy_head
-        if self.uses_histogram and isinstance(head, HistogramEnergy):
-            energy, outside, spread = losses.energy_histogram(head, prediction, batch)
-            self._add(split, "outside", 100.0 * outside, 1)
-            self._add(split, "spread", spread, 1)
-        else:
-            energy = losses.energy_squared(prediction, batch)
-        forces = losses.forces_squared(prediction, batch)
+        is_train = split == "train"
+        turn = self.global_step if is_train else None
+        prediction = losses.predict(self.potential, batch, create_graph=is_train, turn=turn)
+        of_member: Tensor | None = None
+        if turn is not None and prediction.members and weights.member_frames == "bootstrap":
+            of_member = losses.bootstrap_weights(batch, len(prediction.members))
+        energy = self._energy(split, prediction, batch, of_member)
+        squared = losses.forces_squared(prediction, batch)
+        forces = squared
+        if of_member is not None and turn is not None:
+            graphs = torch.arange(len(of_member), device=of_member.device)
+            chosen = of_member[graphs, losses.member_of(turn, graphs, of_member.shape[1])]
+            forces = losses.forces_squared(prediction, batch, chosen)
+        for method in self.potential.uncertainty_methods():
+            if method.trained:
+                atoms = losses.with_errors(prediction, batch, detach=not self.is_warm)
+                own = method.loss(atoms)
+                forces = own.forces if self.is_warm else forces + own.forces
+                if own.energy is not None:
+                    energy = own.energy if self.is_warm else energy + own.energy
         loss = weights.energy * energy + weights.forces * forces
         if weights.stress > 0 and bool(torch.isfinite(batch[fr.TARGET_STRESS]).any()):
             loss = loss + weights.stress * losses.stress_squared(prediction, batch)
@@ -162,10 +182,34 @@ class PotentialModule(L.LightningModule):
         per_atom = (prediction.energy - batch[fr.TARGET_ENERGY]) / batch[fr.NUM_ATOMS]
         self._add(split, "energy_rmse", per_atom.square().sum(), per_atom.numel())
         self._add(
-            split, "forces_rmse", forces * prediction.forces.numel(), prediction.forces.numel()
+            split, "forces_rmse", squared * prediction.forces.numel(), prediction.forces.numel()
         )
         self._add(split, "loss", loss, 1)
         return loss
+
+    def _energy(
+        self,
+        split: str,
+        prediction: losses.Prediction,
+        batch: dict[str, Tensor],
+        of_member: Tensor | None,
+    ) -> Tensor:
+        """Mean over the heads of the energy loss; `of_member`: weights (num_graphs, members)."""
+        name, share = self.config.loss.energy_target, self.config.loss.cross_entropy
+        found = []
+        for k, own in enumerate(losses.by_member(prediction, batch)):
+            frame_weights = None if of_member is None else of_member[:, k]
+            if not self.uses_histogram:
+                found.append(losses.energy_squared(own, batch, frame_weights))
+                continue
+            loss, outside, spread = energy_loss(name, self.histograms[k], own, batch, frame_weights)
+            if share < 1:
+                squared = losses.energy_squared(own, batch, frame_weights)
+                loss = share * loss + (1 - share) * squared
+            found.append(loss)
+            self._add(split, "outside", 100.0 * outside, 1)
+            self._add(split, "spread", spread, 1)
+        return torch.stack(found).mean()
 
     def _add(self, split: str, name: str, value: Tensor, count: int) -> None:
         total = torch.stack([value.detach().double(), value.new_tensor(count, dtype=torch.float64)])
@@ -205,13 +249,17 @@ def set_bin_width(
         ValueError: with a given width a target lies more than four times as far away as the support
             reaches; names the frames.
     """
-    head = potential.energy_head
+    head, *others = potential.energy_head.parts()
     shares = []
     dataset = loader.dataset
     for graph in dataset:
         batch = {k: v.to(device) for k, v in fr.collate_graphs([graph]).items()}
         _, atoms = potential.atoms(batch)
-        residual = batch[fr.TARGET_ENERGY][0] - atoms.energy.double().sum()
+        # of a committee the member that is furthest off; before the cross-entropy an anchor is the
+        # energy, but for the rounding of sums over bins
+        energy = atoms.anchor if others else atoms.energy
+        residual = batch[fr.TARGET_ENERGY][0] - energy.double().sum(0)
+        residual = residual.flatten()[residual.abs().argmax()]
         shares.append(float(residual / batch[fr.NUM_ATOMS][0]))
     largest = max(abs(share) for share in shares)
     half = head.num_bins / 2
@@ -225,4 +273,4 @@ def set_bin_width(
             f"±{half * bin_width:.3g} eV/atom around the prediction ({names} eV/atom); check their "
             f"labels, or leave model.bin_width to be measured (null)"
         )
-    head.set_bin_width(bin_width)
+    potential.energy_head.set_bin_width(bin_width)

@@ -82,9 +82,10 @@ def train(config_path: str | Path, resume: bool = False) -> Path:
         print("calibrating the uncertainty on the validation frames", flush=True)
         potential = module.potential.cpu().eval()
         summary = calibrate(potential, graphs["train"], graphs["valid"])
+        size = summary.get("size_ratio")  # of the default method
         print(
-            f"force error of validation frames {1e3 * summary['force_rmse']:.1f} meV/Å; "
-            f"predicted/true size {summary['size_ratio']:.2f} (cross-validated)"
+            f"force error of validation frames {1e3 * summary['force_rmse']:.1f} meV/Å"
+            + (f"; predicted/true size {size:.2f} (cross-validated)" if size else "")
         )
         save_checkpoint(checkpoint, potential, config, splits, summary, time.time() - start)
         print(f"saved {checkpoint}", flush=True)
@@ -127,7 +128,8 @@ def initial_potential(
             break
     fit_scales(potential.backbone, fr.collate_graphs(chosen))
     forces = torch.cat([graph[fr.TARGET_FORCES] for graph in train])
-    potential.energy_head.scale.fill_(float(forces.square().mean().sqrt().clamp(min=1e-3)))
+    for head in potential.energy_head.parts():
+        head.scale.fill_(float(forces.square().mean().sqrt().clamp(min=1e-3)))
     energies = torch.tensor([baseline[element] for element in elements], dtype=torch.float64)
     potential.reference_energies.copy_(energies)
     return potential

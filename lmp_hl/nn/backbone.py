@@ -268,6 +268,10 @@ class Backbone(nn.Module):
             MessageLayer(l_max, channels, num_radial, num_scalars, num_elements)
             for _ in range(num_layers - 1)
         )
+        self.num_scalars = num_scalars
+        self.channels = channels
+        self.num_components = (l_max + 1) ** 2
+        self.num_features = num_scalars + self.num_components * channels
 
     def expand(self, edge_vectors: Tensor) -> tuple[Tensor, Tensor]:
         """(num_edges, 3) Å -> radial (num_edges, num_radial), angular (num_edges, components)."""
@@ -285,6 +289,29 @@ class Backbone(nn.Module):
         """Species of centres and of all nodes, edges of the centres -> features of the centres."""
         density = self.element_density(center_species, species, edge_index, radial, angular)
         return self.many_body(density, center_species)
+
+    def layer(self, t: int, inputs: list[Tensor]) -> Features:
+        """Layer t (from 0) by itself: inputs of a stage (stages.py) -> features of the centres."""
+        if t == 0:
+            radial, angular = self.expand(inputs[3])
+            return self.first_layer(inputs[0], inputs[1], inputs[2], radial, angular)
+        radial, angular = self.expand(inputs[2])
+        centers, nodes = self.unflatten(inputs[3]), self.unflatten(inputs[4])
+        features = centers
+        for k, layer in enumerate(self.message_layers):
+            if k + 1 == t:
+                features = layer(inputs[0], centers, nodes, inputs[1], radial, angular)
+        return features
+
+    def flatten(self, features: Features) -> Tensor:
+        """Features of n atoms as (n, num_features)."""
+        return torch.cat([features.scalars, features.tensors.transpose(0, 1).flatten(1)], dim=1)
+
+    def unflatten(self, flat: Tensor) -> Features:
+        """What `flatten` made flat."""
+        scalars, rest = flat[:, : self.num_scalars], flat[:, self.num_scalars :]
+        tensors = rest.reshape(flat.shape[0], self.num_components, self.channels)
+        return Features(scalars, tensors.transpose(0, 1))
 
     def forward(self, inputs: dict[str, Tensor]) -> Features:
         """Model inputs (keys.py) -> features of the owned atoms, differentiable in edge_vectors."""

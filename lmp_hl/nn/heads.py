@@ -1,6 +1,7 @@
 """Energy heads: features of an atom -> its energy, as a histogram or as a number."""
 
-from typing import ClassVar, NamedTuple
+import math
+from typing import Any, ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ class AtomicEnergy(NamedTuple):
     anchor: (num_atoms,) eV, where the histogram stands;
     logits: (num_atoms, num_bins) of bins at anchor + offsets; (num_atoms, 0) for a scalar head;
     tau2: (num_atoms,) eV², curvature of the logits around the anchor; (0,) for a scalar head.
+
+    A committee's anchor, logits and tau2 have a dimension of members after that of atoms.
     """
 
     energy: Tensor
@@ -41,10 +44,24 @@ class Readout(nn.Module):
         return self.linear(scalars) + self.out(hidden) + self.element_bias(species)
 
 
-class ScalarEnergy(nn.Module):
-    """The control: one number per atom, E_i = scale * m(h_i)."""
+class EnergyHead(nn.Module):
+    """What is asked of an energy head besides its forward, (scalars, species) -> AtomicEnergy."""
 
-    FIELDS: ClassVar[tuple[str, ...]] = ()
+    FIELDS: ClassVar[tuple[str, ...]] = ()  # names of keys.py that `fields` returns
+
+    @torch.jit.unused
+    def parts(self) -> list[Any]:
+        """The heads that are trained on their own energies: itself, or a committee's members."""
+        return [self]
+
+    @torch.jit.unused
+    def fit(self, seen: Any, held: Any) -> dict[str, Any]:
+        """What its fields need from frozen features; arguments and result as Method.fit has."""
+        return {}
+
+
+class ScalarEnergy(EnergyHead):
+    """The control: one number per atom, E_i = scale * m(h_i)."""
 
     scale: Tensor
 
@@ -59,13 +76,16 @@ class ScalarEnergy(nn.Module):
         none = energy.new_zeros(0)
         return AtomicEnergy(energy, energy, energy.new_zeros((energy.shape[0], 0)), none)
 
-    def fields(self, energy: AtomicEnergy) -> dict[str, Tensor]:
+    def fields(self, energy: AtomicEnergy, species: Tensor) -> dict[str, Tensor]:
         """A number says nothing about itself."""
         out: dict[str, Tensor] = {}
         return out
 
 
-class HistogramEnergy(nn.Module):
+TARGETS: Final = ("hlgauss", "two_hot", "one_hot")  # kernels of the histogram's target
+
+
+class HistogramEnergy(EnergyHead):
     """HL-Gauss energy: a categorical distribution over bins that stand around an anchor m_i.
 
     Bin k of atom i has its centre at m_i + o_k; its logit is -(c_k - m_i)^2 / 2 tau_i^2 +
@@ -74,6 +94,9 @@ class HistogramEnergy(nn.Module):
     follow the size of the errors (meV) instead of the spread of energies (eV), and far from the
     data the energy extrapolates as a scalar's would instead of saturating at the last bin. tau
     starts at the target kernel's width, delta at zero.
+
+    `target` is the kernel it is trained towards: N(y, sigma^2) integrated over the bins, or as
+    controls all mass on the two bins around y or on the one that holds it (sigma has no effect).
     """
 
     FIELDS: ClassVar[tuple[str, ...]] = (keys.ENTROPY, keys.EXCESS_ENTROPY)
@@ -83,10 +106,20 @@ class HistogramEnergy(nn.Module):
     edges: Tensor
     offsets: Tensor
 
-    def __init__(self, num_scalars: int, num_elements: int, num_bins: int, sigma: float) -> None:
+    def __init__(
+        self,
+        num_scalars: int,
+        num_elements: int,
+        num_bins: int,
+        sigma: float,
+        target: str = "hlgauss",
+    ) -> None:
         super().__init__()
+        if target not in TARGETS:
+            raise ValueError(f"model.target must be one of {', '.join(TARGETS)}, got {target!r}")
         self.num_bins = num_bins
-        self.sigma_in_bins = sigma
+        self.target = target
+        self.sigma_in_bins, self.floor = _kernel(target, sigma)
         self.anchor = Readout(num_scalars, num_elements, 1)
         self.log_tau = nn.Linear(num_scalars, 1)
         self.delta = nn.Linear(num_scalars, num_bins)
@@ -111,8 +144,19 @@ class HistogramEnergy(nn.Module):
         return [*self.log_tau.parameters(), *self.delta.parameters()]
 
     def kernel_variance(self) -> float:
-        """Variance of a perfect prediction, sigma^2 + w^2 / 12, in units of w^2."""
+        """Mean square distance of the target's mass from the target, in units of w^2.
+
+        Averaged over where in its bin it falls: sigma^2 + 1/12; two bins 1/6, one bin 1/12.
+        """
         return self.sigma_in_bins**2 + 1.0 / 12.0
+
+    def target_probs(self, targets: Tensor, sigma: Tensor) -> Tensor:
+        """Kernels at `targets` (n,), in bins from the anchor -> (n, num_bins); sigma in bins."""
+        if self.target == "two_hot":
+            return histogram.two_hot(targets, self.edges)
+        if self.target == "one_hot":
+            return histogram.one_hot(targets, self.edges)
+        return histogram.hl_gauss(targets, self.edges, sigma)
 
     def forward(self, scalars: Tensor, species: Tensor) -> AtomicEnergy:
         """Features of the atoms -> histograms and their expectations."""
@@ -141,14 +185,25 @@ class HistogramEnergy(nn.Module):
         probs = torch.softmax(logits, dim=1)
         return anchor + self.bin_width.to(anchor.dtype) * histogram.expectation(probs, self.offsets)
 
-    def fields(self, energy: AtomicEnergy) -> dict[str, Tensor]:
+    def fields(self, energy: AtomicEnergy, species: Tensor) -> dict[str, Tensor]:
         """Entropy of each atom's histogram and how far it is above the floor, nats."""
         entropy = histogram.entropy_of_logits(energy.logits)
         return {keys.ENTROPY: entropy, keys.EXCESS_ENTROPY: entropy - self.entropy_floor()}
 
     def entropy_floor(self) -> float:
         """Entropy of a perfect prediction, nats."""
-        return histogram.entropy_floor(self.sigma_in_bins, 1.0)
+        return self.floor
+
+
+def _kernel(target: str, sigma: float) -> tuple[float, float]:
+    """Standard deviation, in bins, and mean entropy, in nats, of a target's mass."""
+    if target == "one_hot":
+        return 0.0, 0.0
+    if target == "two_hot":  # at a distance d: variance d (1 - d), on average 1/6 = 1/12 + 1/12
+        return math.sqrt(1.0 / 12.0), 0.5
+    wide = sigma >= 0.7  # the closed form is exact enough
+    floor = histogram.entropy_floor(sigma, 1.0) if wide else histogram.mean_entropy_of_kernel(sigma)
+    return sigma, floor
 
 
 def invariants(features: Features) -> Tensor:

@@ -1,21 +1,28 @@
 """Ways to know when a potential is wrong: one file each, behind one interface (base.py).
 
 `model.uncertainty` in a training configuration names those that a potential carries. They see the
-features of an atom and the output of its energy head, are fitted after training on frozen features,
-travel in the model file and return per-atom fields to Python and LAMMPS alike.
+features of an atom and the output of its energy head, are fitted after training on frozen features
+(some are trained with the network), travel in the model file and return per-atom fields to Python
+and LAMMPS alike.
 """
 
 from collections.abc import Sequence
 
 from torch import nn
 
-from .base import Atoms, Method, Sizes
+from .base import Atoms, Loss, Method, Sizes
+from .evidential import Evidential
+from .mean_variance import MeanVariance
 from .scales import Scales
 
-METHODS: dict[str, type[Method]] = {"scales": Scales}
+METHODS: dict[str, type[Method]] = {
+    "scales": Scales,
+    "mean_variance": MeanVariance,
+    "evidential": Evidential,
+}
 DEFAULT = ("scales",)
 
-__all__ = ["DEFAULT", "METHODS", "Atoms", "Method", "Sizes", "make_methods"]
+__all__ = ["DEFAULT", "METHODS", "Atoms", "Loss", "Method", "Sizes", "make_methods"]
 
 
 def make_methods(names: Sequence[str], sizes: Sizes) -> nn.ModuleDict:

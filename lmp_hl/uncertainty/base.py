@@ -69,14 +69,27 @@ class Atoms(NamedTuple):
         )
 
 
+class Loss(NamedTuple):
+    """What a trained method minimises, in units and at the weights of the squared errors.
+
+    energy: eV², in the place of the mean of (dE)^2 / N, or None to leave that term as it is;
+    forces: (eV/Å)², in the place of the mean squared error of a force component.
+    """
+
+    energy: Tensor | None
+    forces: Tensor
+
+
 class Method(nn.Module):
     """Per-atom fields from what one forward pass leaves behind; never part of the energy.
 
     A subclass is built from Sizes, is scripted with the potential, and keeps what it has fitted in
-    buffers and parameters.
+    buffers and parameters. Most are fitted after training; a `trained` one has a `loss` that trains
+    its parameters together with the network, and `fit` only corrects its size.
     """
 
     FIELDS: ClassVar[tuple[str, ...]]  # names of keys.py, in the order of the model file
+    trained: ClassVar[bool] = False
 
     def forward(
         self, features: Features, energy: AtomicEnergy, species: Tensor
@@ -116,6 +129,14 @@ class Method(nn.Module):
     def available_fields(self) -> list[str]:
         """Those of FIELDS that what was fitted can answer for; a model file offers no others."""
         return list(self.FIELDS)
+
+    def loss(self, atoms: Atoms) -> Loss:
+        """Of a trained method: what to minimise over a batch; features and errors with gradients.
+
+        In the warm-up it is added to the squared errors with features and errors detached, so that
+        only the method's own parameters feel it; then it takes their place.
+        """
+        raise NotImplementedError
 
     def card(self) -> dict[str, Any]:
         """What a model card says about the method besides what `fit` found."""

@@ -43,7 +43,7 @@ def _trace_series(num_p: int = 8, num_q: int = 5) -> Tensor:
     return series
 
 
-def _exponential(g: Tensor) -> Tensor:
+def spd_exponential(g: Tensor) -> Tensor:
     """exp(G) of traceless symmetric matrices (n, 3, 3) with |G| <= 1, exact to rounding.
 
     The power series by Horner's rule, its terms kept as a + b G + c G^2 by Cayley and Hamilton's
@@ -196,7 +196,7 @@ class ForceDistribution(nn.Module):
 
     def log_density(self, force: ForceScales, factor: Tensor, errors: Tensor) -> Tensor:
         """Log p(dF) of each atom; errors (num_atoms, 3) in eV/Å -> (num_atoms,)."""
-        shape = _exponential(force.generator)
+        shape = spd_exponential(force.generator)
         mahalanobis = (
             errors.unsqueeze(1) @ torch.linalg.solve(shape, errors.unsqueeze(2))
         ).flatten()

@@ -1,0 +1,429 @@
+"""Every uncertainty method on the same splits and seeds: one resumable command, one table.
+
+    python benchmarks/uncertainty.py --data DIR                  # everything, one at a time
+    python benchmarks/uncertainty.py --data DIR --rows 3bpa/default --jobs 2
+    python benchmarks/uncertainty.py --list
+    python benchmarks/uncertainty.py --data DIR --score-only     # score again, train nothing
+
+A row is dataset/method/seed (uncertainty_rows.py). What it needs and is not there is trained, each
+network in its own process and folder under --out (an interrupted training is resumed); methods that
+are fitted after training share a trained network. Then every field of the row is scored on test
+frames like the training frames (ID) and on others (OOD): one JSON a row, and
+benchmarks/results/uncertainty_*.{md,json,png} from all there are. A row that cannot be had stands
+in the table with the reason.
+"""
+
+import argparse
+import copy
+import fcntl
+import fnmatch
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from provenance import provenance
+from uncertainty_data import write_split
+from uncertainty_rows import METHODS, ROWS, TRAININGS, Row
+from uncertainty_tables import write_results
+
+from lmp_hl import evaluate, keys, metrics, uncertainty
+from lmp_hl.potential import Potential
+from lmp_hl.predictions import Predictions, predict
+from lmp_hl.report import report
+from lmp_hl.training import frames as fr
+from lmp_hl.training.calibrate import calibrate
+from lmp_hl.training.checkpoint import load_checkpoint
+from lmp_hl.training.config import ModelConfig, TrainConfig, load_config
+from lmp_hl.training.module import build_potential
+from lmp_hl.training.train import baseline_energies
+
+HERE = Path(__file__).resolve().parent
+TIMED_ATOMS = 1000  # in the batch that inference is timed on
+TIMED_REPEATS = 15
+
+
+# training ---------------------------------------------------------------------------------------
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(copy.deepcopy(base))
+    for key, value in changes.items():
+        out[key] = _merged(out.get(key, {}), value) if isinstance(value, Mapping) else value
+    return out
+
+
+def write_config(training: tuple[str, str, int], data: Path, out: Path) -> Path:
+    """The YAML of one training (dataset, key of TRAININGS, seed), with absolute paths.
+
+    Raises:
+        ValueError: it asks for what this version does not know.
+    """
+    dataset, name, seed = training
+    folder = write_split(dataset, data, out)
+    base = yaml.safe_load((HERE / f"uncertainty_{dataset}.yaml").read_text(encoding="utf-8"))
+    content = _merged(base, TRAININGS[name])
+    full = f"{dataset}-{name}-{seed}"
+    content |= {"name": full, "seed": seed, "output_dir": str(out / full)}
+    section = content["data"]
+    for key in ("train", "valid"):
+        section[key] = str(folder / section[key])
+    section["test"] = {key: str(folder / path) for key, path in section["test"].items()}
+    if str(section.get("reference_energies", "")).endswith(".xyz"):
+        section["reference_energies"] = str(folder / section["reference_energies"])
+    path = out / f"{full}.yaml"
+    temporary = out / f".{full}.{os.getpid()}.yaml"  # another job may read the file now
+    temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    os.replace(temporary, path)
+    try:
+        load_config(path)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix(f"{path}: ")) from None
+    return path
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """Whether nobody else holds the lock file; it is free again when its holder ends."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def train(training: tuple[str, str, int], data: Path, out: Path) -> None:
+    """Train one network in its own process, on one thread, unless it is there.
+
+    Raises:
+        ValueError: no such configuration, or the training failed; its output is in <name>.log.
+    """
+    config = write_config(training, data, out)
+    name, folder = config.stem, config.with_suffix("")
+    if (folder / "model.ckpt").is_file():
+        return
+    log_path, cost_path = out / f"{name}.log", out / f"{name}.cost.json"
+    with _alone(out / f"{name}.lock") as alone:
+        if not alone:
+            raise ValueError(f"{name} is being trained by another process")
+        resume = (folder / "checkpoints" / "last.ckpt").is_file()
+        words = [sys.executable, "-m", "lmp_hl.cli", "train", str(config)]
+        print(f"training {name}", flush=True)
+        start = time.time()
+        with open(log_path, "a", encoding="utf-8") as log:
+            child = subprocess.Popen(
+                [*words, *(["--resume"] if resume else [])],
+                stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            # processor time: what else runs on the machine does not count
+            _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        spent = json.loads(cost_path.read_text()) if cost_path.is_file() else {"cpu": 0, "wall": 0}
+        spent["cpu"] += usage.ru_utime + usage.ru_stime
+        spent["wall"] += time.time() - start
+        cost_path.write_text(json.dumps(spent))
+        if child.returncode:
+            tail = log_path.read_text(encoding="utf-8").strip().splitlines()
+            raise ValueError(f"training {name} failed: {tail[-1] if tail else 'no output'}")
+        if not (folder / "model.ckpt").is_file():
+            raise ValueError(f"training {name} was stopped; the same command resumes it")
+        print(f"trained {name} in {spent['cpu']:.0f} s of processor time", flush=True)
+
+
+# scoring ----------------------------------------------------------------------------------------
+class Eager:
+    """A potential that was not exported, as lmp_hl.predictions wants a model."""
+
+    def __init__(self, potential: Potential, elements: list[str], config: ModelConfig) -> None:
+        self.potential = potential.eval()
+        self.elements = elements
+        self.cutoff, self.num_layers, self.dtype = config.cutoff, config.layers, config.dtype
+        self.fields = [keys.ENERGY, *potential.field_names()]
+        self.field_units = [keys.FIELD_UNITS[name] for name in self.fields]
+
+    def evaluate(
+        self, inputs: dict[str, torch.Tensor], with_fields: bool
+    ) -> dict[str, torch.Tensor]:
+        """Energies, edge gradients and, when asked, every field (keys.py)."""
+        return self.potential(inputs, with_fields)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network, what its uncertainty was fitted with and what that took."""
+
+    config: TrainConfig
+    model: Eager
+    calibration: dict[str, Any]
+    fit_seconds: float  # of the processor
+
+
+def load_network(config: TrainConfig, methods: tuple[str, ...]) -> Network:
+    """The trained network with `methods` fitted anew; () leaves it as it was trained."""
+    checkpoint = config.output_dir / "model.ckpt"
+    if not methods:
+        trained, elements, card = load_checkpoint(checkpoint)
+        return Network(config, Eager(trained, elements, config.model), card["calibration"], 0.0)
+    # only the network: the uncertainty it was trained with may have changed since
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    elements = content["elements"]
+    settings = replace(config.model, uncertainty=methods)
+    potential = build_potential(settings, len(elements))
+    fresh = {k: v for k, v in potential.state_dict().items() if k.startswith("methods.")}
+    network = {k: v for k, v in content["state"].items() if not k.startswith("methods.")}
+    potential.load_state_dict({**network, **fresh})
+    potential.methods.requires_grad_(False)
+    splits = fr.load_splits(config.data, config.seed)
+    baseline = baseline_energies(splits)
+    train_set, valid_set = (
+        fr.GraphDataset(
+            part, splits.elements, baseline, settings.cutoff, settings.layers, settings.dtype
+        )
+        for part in (splits.train, splits.valid)
+    )
+    start = time.process_time()
+    summary = calibrate(potential, train_set, valid_set)
+    seconds = time.process_time() - start
+    return Network(config, Eager(potential, elements, settings), summary, seconds)
+
+
+def predictions_of(network: Network) -> dict[str, Predictions]:
+    """Of the validation frames ("valid") and of every test file."""
+    data = network.config.data
+    files = {"valid": data.valid, **data.test}
+    return {
+        name: predict(network.model, fr.read_frames(path, data, name, network.model.elements), name)
+        for name, path in files.items()
+        if path is not None
+    }
+
+
+def ensemble(members: Sequence[dict[str, Predictions]]) -> dict[str, Predictions]:
+    """Mean of the members, and their spread as an uncertainty.
+
+    ensemble_raw_std is sqrt(tr Cov / 3) with Cov the unbiased covariance of an atom's force over
+    the members; ensemble_force_std is that times the one factor that makes it right on the
+    validation frames; ensemble_energy_std is the frame's sqrt(Var / N) on each of its N atoms.
+    """
+    out = {}
+    factor = 1.0
+    for name in ("valid", *(n for n in members[0] if n != "valid")):
+        parts = [member[name] for member in members]
+        first = parts[0]
+        forces, energies = (np.stack([getattr(p, n) for p in parts]) for n in ("forces", "energy"))
+        raw = np.sqrt(forces.var(axis=0, ddof=1).mean(axis=1))
+        energy_std = np.sqrt(energies.var(axis=0, ddof=1) / first.num_atoms)
+        mean = replace(
+            first,
+            energy=energies.mean(axis=0),
+            forces=forces.mean(axis=0),
+            stress=np.mean([p.stress for p in parts], axis=0),
+            controls={
+                **first.controls,
+                "force_norm": np.linalg.norm(forces.mean(axis=0), axis=1),
+                "atom_energy": np.mean([p.controls["atom_energy"] for p in parts], axis=0),
+            },
+        )
+        if name == "valid":
+            factor = 1.0 / metrics.size_ratio(raw, mean.error)
+        fields = {
+            "ensemble_force_std": (factor * raw, "eV/Angstrom"),
+            "ensemble_raw_std": (raw, "eV/Angstrom"),
+            "ensemble_energy_std": (energy_std[first.frame], "eV"),
+        }
+        out[name] = replace(
+            mean,
+            fields={n: values for n, (values, _) in fields.items()},
+            field_units={n: unit for n, (_, unit) in fields.items()},
+        )
+    return out
+
+
+def inference_cost(networks: Sequence[Network], twin: Network) -> float:
+    """Processor time of energies, forces and fields over that of the twin's energies and forces.
+
+    Both are timed in turns on the same batch of frames, on one thread, without a compiler; the
+    median ratio of the pairs. An ensemble evaluates every member, without fields.
+    """
+    data, model = twin.config.data, twin.model
+    frames = fr.read_frames(next(iter(data.test.values())), data, "timing", model.elements)
+    baseline = dict.fromkeys(model.elements, 0.0)
+    graphs, num_atoms = [], 0
+    dataset = fr.GraphDataset(
+        frames, model.elements, baseline, model.cutoff, model.num_layers, model.dtype
+    )
+    for graph in dataset:
+        graphs.append(graph)
+        num_atoms += int(graph[fr.NUM_ATOMS])
+        if num_atoms >= TIMED_ATOMS:
+            break
+    batch = fr.collate_graphs(graphs)
+
+    def seconds(chosen: Sequence[Network], with_fields: bool) -> float:
+        start = time.process_time()
+        for network in chosen:
+            network.model.potential(batch, with_fields)
+        return time.process_time() - start
+
+    ratios = [
+        seconds(networks, len(networks) == 1) / seconds([twin], False)
+        for _ in range(TIMED_REPEATS + 3)
+    ]
+    return float(np.median(ratios[3:]))  # the first calls warm up
+
+
+def _trained(training: tuple[str, str, int], data: Path, out: Path) -> TrainConfig:
+    config = load_config(write_config(training, data, out))
+    if not (config.output_dir / "model.ckpt").is_file():
+        raise ValueError(f"{config.name} is not trained")
+    return config
+
+
+def _cost(config: TrainConfig, out: Path) -> float:
+    """Processor seconds of a training; nan if it was not this script that trained it."""
+    path = out / f"{config.name}.cost.json"
+    return float(json.loads(path.read_text())["cpu"]) if path.is_file() else float("nan")
+
+
+def score(row: Row, data: Path, out: Path, num_resamples: int) -> dict[str, Any]:
+    """Everything the tables say about one row.
+
+    Raises:
+        ValueError: a network is not trained, or this version does not know the method.
+    """
+    method = METHODS[row.method]
+    unknown = [name for name in method.fit if name not in uncertainty.METHODS]
+    if unknown:
+        raise ValueError(f"no uncertainty method '{unknown[0]}' in this version")
+    configs = [_trained(training, data, out) for training in row.trainings()]
+    networks = [load_network(config, method.fit) for config in configs]
+    found = [predictions_of(network) for network in networks]
+    sets = ensemble(found) if method.members > 1 else found[0]
+    numbers = (
+        report(sets["OOD"], sets["ID"], num_resamples)
+        if "OOD" in sets
+        else report(sets["ID"], None, num_resamples)
+    )
+    try:
+        twin_config = _trained((row.dataset, "scalar", row.seed), data, out)
+        twin = load_network(twin_config, ())
+        inference, twin_seconds = inference_cost(networks, twin), _cost(twin_config, out)
+    except ValueError:  # not trained yet
+        inference = twin_seconds = float("nan")
+    config = configs[0]
+    seconds = sum(_cost(c, out) for c in configs) + sum(n.fit_seconds for n in networks)
+    return {
+        "row": row.name, "dataset": row.dataset, "method": row.method, "seed": row.seed,
+        "about": method.about, "head": config.model.head,
+        "loss": {n: getattr(config.loss, n) for n in ("energy", "forces", "stress")},
+        "settings": {
+            "channels": config.model.channels, "cutoff": config.model.cutoff,
+            **{n: getattr(config.training, n) for n in
+               ("epochs", "warmup_epochs", "batch_size", "learning_rate", "weight_decay")},
+        },
+        "changes": TRAININGS[method.training],
+        "cost": {
+            "seconds": seconds, "fit_seconds": sum(n.fit_seconds for n in networks),
+            "training_over_twin": seconds / twin_seconds, "inference_over_twin": inference,
+        },
+        "calibration": [n.calibration for n in networks],
+        "report": numbers,
+        "made": provenance(),
+    }  # fmt: skip
+
+
+def score_or_say_why(row: Row, data: Path, out: Path, num_resamples: int) -> dict[str, Any]:
+    """The row's numbers, or {"failed": reason}: one bad row does not stop the others."""
+    try:
+        return score(row, data, out, num_resamples)
+    except Exception as error:
+        if not isinstance(error, ValueError):
+            traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}"
+        return {
+            "row": row.name, "dataset": row.dataset, "method": row.method, "seed": row.seed,
+            "failed": str(error) if isinstance(error, ValueError) else reason,
+        }  # fmt: skip
+
+
+def run(
+    rows: Sequence[Row],
+    data: Path,
+    out: Path,
+    jobs: int = 1,
+    score_only: bool = False,
+    num_resamples: int = 400,
+) -> dict[str, dict[str, Any]]:
+    """Train what is missing, score what has no score (or everything again), store and return all.
+
+    Returns:
+        row name -> its numbers or the reason why there are none.
+    """
+    (out / "rows").mkdir(parents=True, exist_ok=True)
+    paths = {row: out / "rows" / f"{row.name.replace('/', '-')}.json" for row in rows}
+
+    def stored(row: Row) -> dict[str, Any]:
+        if not paths[row].is_file():
+            return {"failed": "not scored"}
+        return dict(json.loads(paths[row].read_text(encoding="utf-8")))
+
+    wanted = list(rows) if score_only else [row for row in rows if "failed" in stored(row)]
+    failed: dict[tuple[str, str, int], str] = {}
+    if not score_only:
+        trainings = list(dict.fromkeys(t for row in wanted for t in row.trainings()))
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = {t: pool.submit(train, t, data, out) for t in trainings}
+        failed = {t: str(f.exception()) for t, f in futures.items() if f.exception() is not None}
+    for row in wanted:
+        why = next((failed[t] for t in row.trainings() if t in failed), None)
+        numbers = score_or_say_why(row, data, out, num_resamples)
+        if "failed" in numbers and why is not None:
+            numbers["failed"] = why
+        evaluate.write_json(paths[row], numbers)
+        print(f"{row.name}: {numbers.get('failed', 'scored')}", flush=True)
+    return {row.name: stored(row) for row in rows}
+
+
+def main() -> None:
+    """Train, score and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder of the data sets (uncertainty_data.py)")
+    parser.add_argument("--rows", default="*", help="pattern of dataset/method/seed (default all)")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default 1)")
+    parser.add_argument("--list", action="store_true", help="name the rows and what is there")
+    parser.add_argument("--score-only", action="store_true", help="score again, train nothing")
+    parser.add_argument("--out", type=Path, default=Path("runs/uncertainty"))
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    rows = [row for row in ROWS if fnmatch.fnmatch(row.name, f"*{args.rows}*")]
+    if not rows:
+        parser.error(f"no row matches '{args.rows}'; --list names them all")
+    if args.list:
+        for row in rows:
+            trained = [(out / "-".join(map(str, t)) / "model.ckpt") for t in row.trainings()]
+            count = sum(path.is_file() for path in trained)
+            scored = (out / "rows" / f"{row.name.replace('/', '-')}.json").is_file()
+            print(f"{row.name:28} {count}/{len(trained)} trained{', scored' if scored else ''}")
+        return
+    if args.data is None:
+        parser.error("--data is needed to train and to score")
+    torch.set_num_threads(1)
+    run(rows, args.data.resolve(), out, args.jobs, args.score_only)
+    for path in write_results(ROWS, out / "rows", args.results):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

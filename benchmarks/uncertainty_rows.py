@@ -1,0 +1,112 @@
+"""The rows of benchmarks/uncertainty.py: which methods, trained how, on what, with which seeds."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from lmp_hl import uncertainty
+
+ENSEMBLE: Final = 5
+
+
+# name -> what differs from benchmarks/uncertainty_<dataset>.yaml
+TRAININGS: Final[dict[str, dict[str, Any]]] = {
+    "hlgauss": {},
+    "scalar": {"model": {"head": "scalar"}},
+    # other heads and losses
+    "mean_variance": {"model": {"head": "scalar", "uncertainty": ["mean_variance"]}},
+    "evidential": {"model": {"head": "scalar", "uncertainty": ["evidential"]}},
+    "committee": {"model": {"uncertainty": ["committee"]}},
+    # controls of the categorical energy
+    "latent": {"loss": {"energy_target": "latent"}},
+    "pooled_probs": {"loss": {"energy_target": "pooled_probs"}},
+    "pooled_logits": {"loss": {"energy_target": "pooled_logits"}},
+    "sum": {"loss": {"energy_target": "sum"}},
+    "no_cross_entropy": {"loss": {"cross_entropy": 0.0}},
+    "two_hot": {"model": {"target": "two_hot"}},
+    "one_hot": {"model": {"target": "one_hot"}},
+    **{f"bins{n}": {"model": {"num_bins": n}} for n in (16, 32, 64, 256, 512)},
+    **{f"sigma{s:g}": {"model": {"sigma": s}} for s in (0.25, 0.5, 1.0, 2.0)},
+    **{f"frames{n}": {"data": {"max_frames": n}} for n in (50, 100, 200)},
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a row gets its uncertainty.
+
+    about: for the table; training: key of TRAININGS; fit: uncertainty methods fitted to the trained
+    network, () takes the network with those it was trained with; members: > 1 is the spread of
+    that many networks with seeds 0, 1, ...
+    """
+
+    about: str
+    training: str
+    fit: tuple[str, ...] = ()
+    members: int = 1
+
+
+METHODS: Final[dict[str, Method]] = {
+    "default": Method(
+        "HL-Gauss energy and the default uncertainty", "hlgauss", uncertainty.DEFAULT
+    ),
+    "scalar": Method("scalar twin with the same uncertainty", "scalar", uncertainty.DEFAULT),
+    "ensemble": Method(f"spread of {ENSEMBLE} scalar twins", "scalar", members=ENSEMBLE),
+    "llpr": Method("last-layer rigidity, HL-Gauss energy", "hlgauss", ("llpr",)),
+    "llpr_scalar": Method("last-layer rigidity, scalar energy", "scalar", ("llpr",)),
+    "mean_variance": Method("joint energy-force likelihood", "mean_variance"),
+    "evidential": Method("equivariant evidential forces", "evidential"),
+    "committee": Method("committee of heads on one backbone", "committee"),
+    "density": Method("mixture density of latent features", "hlgauss", ("density",)),
+    "grade": Method("D-optimality grade of latent features", "hlgauss", ("grade",)),
+    "latent": Method("latent targets of the atoms' energies", "latent", uncertainty.DEFAULT),
+    "pooled_probs": Method("control: mean of probabilities", "pooled_probs", uncertainty.DEFAULT),
+    "pooled_logits": Method("control: mean of logits", "pooled_logits", uncertainty.DEFAULT),
+    "sum": Method("control: cross-entropy of the sum", "sum", uncertainty.DEFAULT),
+    "no_cross_entropy": Method(
+        "control: histogram without cross-entropy", "no_cross_entropy", uncertainty.DEFAULT
+    ),
+    **{
+        name: Method(f"HL-Gauss energy, {about}", name, uncertainty.DEFAULT)
+        for name, about in {
+            "two_hot": "two-hot targets",
+            "one_hot": "one-hot targets",
+            **{f"bins{n}": f"{n} bins" for n in (16, 32, 64, 256, 512)},
+            **{f"sigma{s:g}": f"sigma {s:g} bins" for s in (0.25, 0.5, 1.0, 2.0)},
+            **{f"frames{n}": f"{n} training frames" for n in (50, 100, 200)},
+        }.items()
+    },
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the tables: dataset/method/seed."""
+
+    dataset: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What --rows matches."""
+        return f"{self.dataset}/{self.method}/{self.seed}"
+
+    def trainings(self) -> list[tuple[str, str, int]]:
+        """(dataset, training, seed) of every network it needs."""
+        method = METHODS[self.method]
+        seeds = range(method.members) if method.members > 1 else [self.seed]
+        return [(self.dataset, method.training, seed) for seed in seeds]
+
+
+SEEDS: Final = (0, 1, 2)
+MAIN: Final = ("default", "scalar", "llpr", "mean_variance")
+# what a network is, and not how it knows its errors: a table of its own
+ABLATIONS: Final = tuple(
+    name for name in METHODS if name.startswith(("bins", "sigma", "frames", "two_", "one_"))
+)
+ROWS: Final = (
+    *(Row(d, m, seed) for d in ("3bpa", "si") for m in MAIN for seed in SEEDS),
+    *(Row(d, "ensemble", 0) for d in ("3bpa", "si")),
+    *(Row("3bpa", m, 0) for m in METHODS if m not in (*MAIN, "ensemble")),
+    *(Row(d, m, 0) for d in ("nbmotaw", "acac", "water") for m in ("default", "ensemble", "llpr")),
+)
