@@ -114,8 +114,8 @@ def test_export_hands_over_both_paths(monkeypatch, capsys):
         monkeypatch, "lmp_hl.training.checkpoint", export_checkpoint=lambda *a: calls.append(a)
     )
     assert cli.main(["export", "model.ckpt", "hl.pt"]) == 0
-    assert [str(p) for p in calls[0][:2]] == ["model.ckpt", "hl.pt"]
-    assert calls[0][2:] == ("torchscript", None, "cpu", "native")
+    assert [str(p) for p in (*calls[0][0], calls[0][1])] == ["model.ckpt", "hl.pt"]
+    assert calls[0][2:] == ("torchscript", None, "cpu", "native", None)
     assert "hl.pt" in capsys.readouterr().out
     words = [
         "--runtime",
@@ -128,7 +128,7 @@ def test_export_hands_over_both_paths(monkeypatch, capsys):
         "x86-64-v3",
     ]
     assert cli.main(["export", "model.ckpt", "hl.pt2", *words]) == 0
-    assert calls[1][2:] == ("aoti", "float64", "cuda", "x86-64-v3")
+    assert calls[1][2:] == ("aoti", "float64", "cuda", "x86-64-v3", None)
 
 
 @pytest.mark.parametrize("option", [["--device", "cuda"], ["--cpu-isa", "x86-64-v3"]])
