@@ -10,11 +10,12 @@ import csv
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from lmp_hl import keys
@@ -40,9 +41,10 @@ def uncertainty_fields(trajectory: Trajectory) -> list[str]:
     Raises:
         ValueError: there are none.
     """
-    found = [n for n in keys.FIELD_UNITS if n in trajectory.fields and n != keys.ENERGY]
+    known = [n for n in keys.FIELD_UNITS if n not in (keys.ENERGY, keys.EXTRAPOLATING)]
+    found = [n for n in known if n in trajectory.fields]
     if not found:
-        wanted = ", ".join(n for n in keys.FIELD_UNITS if n != keys.ENERGY)
+        wanted = ", ".join(known)
         raise ValueError(
             f"{trajectory.path}: no uncertainty field (wanted one of {wanted}; found "
             f"{', '.join(trajectory.columns)}); add c_u of 'compute u all hlgauss/atom entropy' to "
@@ -54,15 +56,35 @@ def uncertainty_fields(trajectory: Trajectory) -> list[str]:
 def validation_ranking(trajectory: Trajectory) -> dict[str, float]:
     """Spearman's rho of each field with the force error on the validation frames, best first.
 
-    From the model card that LAMMPS copied into the file (last run); empty where there is none.
+    Empty where there is no card.
     """
+    ranking = model_card(trajectory).get("calibration", {}).get("ranking", {})
+    known = {n: float(v) for n, v in ranking.items() if isinstance(v, int | float)}
+    return dict(sorted(known.items(), key=lambda item: -item[1]))
+
+
+def model_card(trajectory: Trajectory) -> dict[str, Any]:
+    """The model card that LAMMPS copied into the file (last run); empty where there is none."""
     for run in reversed(trajectory.runs):
         if "model_card" in run:
-            card = json.loads(run["model_card"])
-            ranking = card.get("calibration", {}).get("ranking", {})
-            known = {n: float(v) for n, v in ranking.items() if isinstance(v, int | float)}
-            return dict(sorted(known.items(), key=lambda item: -item[1]))
+            card: dict[str, Any] = json.loads(run["model_card"])
+            return card
     return {}
+
+
+def extrapolating_share(frame: Frame, promise: Mapping[str, float]) -> float:
+    """Share of the atoms beyond the distance that validation frames show; nan if it is not known.
+
+    Args:
+        frame: of a trajectory, with the flag `extrapolating` or with `distance`.
+        promise: "conformal" of the model card, or nothing.
+    """
+    if keys.EXTRAPOLATING in frame.arrays:
+        return float(finite(frame, keys.EXTRAPOLATING).mean())
+    if keys.DISTANCE in frame.arrays and promise:
+        beyond = finite(frame, keys.DISTANCE) > promise["extrapolating_beyond_distance"]
+        return float(beyond.mean())
+    return math.nan
 
 
 # per frame --------------------------------------------------------------------------------------
@@ -124,6 +146,28 @@ def finite(frame: Frame, name: str) -> Array:
         bad = np.count_nonzero(~np.isfinite(values))
         raise ValueError(f"step {frame.step}: {bad} values of {name} are not finite")
     return values
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """The first frame in which an atom is above a threshold, and its most uncertain atom."""
+
+    step: int
+    time: float
+    id: int
+    element: str  # "" where the file has no species
+    position: list[float]  # Å
+    value: float
+
+
+def crossing(frame: Frame, name: str) -> Crossing:
+    """The atom of a frame with the largest value of a field."""
+    values = finite(frame, name)
+    i = int(values.argmax())
+    symbol = chemical_symbols[int(frame["species"][i])] if "species" in frame.arrays else ""
+    number = int(frame["id"][i]) if "id" in frame.arrays else i + 1
+    place = [float(x) for x in frame["position"][i]]
+    return Crossing(frame.step, frame.time, number, symbol, place, float(values[i]))
 
 
 # regions ----------------------------------------------------------------------------------------
@@ -269,6 +313,9 @@ class Analysis:
     rows: list[dict[str, Any]]
     edges: dict[str, Array]  # field -> (num_bins + 1,)
     counts: dict[str, NDArray[np.int64]]  # field -> (num_frames, num_bins)
+    crossings: dict[str, Crossing]  # field -> first above its threshold, if any ever was
+    coverage: float | None  # promised by the model card
+    cutoff: float | None  # of the model, Å
     last: Frame
     axis: str
     region_steps: list[int]
@@ -310,6 +357,8 @@ class Analysis:
             "validation_ranking": self.ranking,
             "best_field": self.best if self.ranking else None,
             "thresholds": self.thresholds,
+            "first_crossing": {n: asdict(c) for n, c in self.crossings.items()},
+            "coverage": self.coverage,
             "frames": self.rows,
             "region_steps": self.region_steps,
             f"profile_{self.axis}": {
@@ -368,12 +417,17 @@ def analyze(
 
             return track(range(num_frames), what, console=Console(stderr=True), transient=True)
 
-        rows = []
+        card = model_card(trajectory)
+        promise = card.get("conformal", {})
+        rows, crossings = [], {}
         lowest = dict.fromkeys(fields, math.inf)
         for k in steps("reading frames"):
             frame = trajectory.frame(k)
-            rows.append(frame_row(frame, limits))
+            share = extrapolating_share(frame, promise)
+            rows.append(frame_row(frame, limits) | {"extrapolating": share})
             for n in fields:
+                if n not in crossings and rows[-1][f"{n}_max"] > limits[n]:
+                    crossings[n] = crossing(frame, n)
                 lowest[n] = min(lowest[n], float(finite(frame, n).min()))
         edges, counts = {}, {}
         for n in fields:
@@ -394,7 +448,8 @@ def analyze(
     best = next((n for n in ranking if n in fields), fields[0])
     return Analysis(
         path=Path(path), fields=fields, units=units, ranking=ranking, thresholds=limits, rows=rows,
-        edges=edges, counts=counts, last=frames[-1], axis=axis,
+        edges=edges, counts=counts, crossings=crossings, coverage=promise.get("coverage"),
+        cutoff=card.get("config", {}).get("model", {}).get("cutoff"), last=frames[-1], axis=axis,
         region_steps=[f.step for f in frames], profile=slices, density=density,
         neighborhoods=neighborhoods(frames, fields, best) if has_species else None,
     )  # fmt: skip
@@ -441,6 +496,15 @@ def write_figures(result: Analysis, folder: Path) -> list[Path]:
             label, result.thresholds, folder / "time_series.png", time_label,
         )
     )  # fmt: skip
+    share = result.column("extrapolating")
+    if np.isfinite(share).any():
+        limits = {} if result.coverage is None else {"share": 1 - result.coverage}
+        paths.append(
+            plots.time_series(
+                time, {"share": {"atoms": share}}, {"share": "extrapolating (share)"},
+                limits, folder / "extrapolating.png", time_label,
+            )
+        )  # fmt: skip
     steps = result.region_steps
     title = f"mean of {len(steps)} frames, steps {steps[0]:,} to {steps[-1]:,}"
     if len(steps) == 1:
@@ -529,10 +593,70 @@ def print_summary(result: Analysis, written: list[Path]) -> None:
             " ".join(map(str, last[f"{n}_ids"][:3])),
         )  # fmt: skip
     console.print(table)
+    for n in (n for n in result.fields if n in (result.best, keys.FORCE_STD)):
+        if n not in result.crossings:
+            console.print(f"  {n}: no atom above {result.thresholds[n]:.3g} in any frame")
+            continue
+        c = result.crossings[n]
+        where = ", ".join(f"{x:.1f}" for x in c.position)
+        when = f"{c.time:.4g} {result.units['time']}".strip()
+        console.print(
+            f"  {n} first above {result.thresholds[n]:.3g}: step {c.step:,} ({when}), atom {c.id} "
+            f"{c.element} at ({where}) Å with {c.value:.3g}"
+        )
+    if math.isfinite(first["extrapolating"]):
+        promise = (
+            ""
+            if result.coverage is None
+            else (
+                f"; at most {1 - result.coverage:.0%} is usual in frames like the validation frames"
+            )
+        )
+        console.print(
+            f"  atoms extrapolating: {first['extrapolating']:.1%} → {last['extrapolating']:.1%}"
+            + promise
+        )
     console.print(f"  {result.remark}" + (" (▸ best)" if result.ranking else ""), style="dim")
     console.print(f"  wrote {len(written)} files in {written[0].parent}/:")
     for k in range(0, len(written), 4):
         console.print(f"    {'  '.join(p.name for p in written[k : k + 4])}")
+
+
+def select_configurations(
+    result: Analysis,
+    field: str,
+    folder: Path,
+    number: int,
+    radius: float | None,
+    model_path: Path | None,
+) -> None:
+    """Write configurations with atoms above a field's threshold to label (select.py); print them.
+
+    Args:
+        result: of the trajectory.
+        field: by which atoms are uncertain.
+        folder: of selected.xyz.
+        number: how many at most.
+        radius: Å, of environments; None: whole frames.
+        model_path: of a model whose features tell environments apart; None: the geometry does.
+    """
+    from lmp_hl import model_file, select
+
+    threshold = result.thresholds[field]
+    model = None if model_path is None else model_file.load(model_path)
+    cutoff = result.cutoff if model is None else model.cutoff
+    choices = select.select(result.path, field, threshold, number, radius is None, model)
+    out = folder / "selected.xyz"
+    written = select.write(result.path, choices, out, radius, cutoff)
+    what = "frames" if radius is None else f"environments of {radius:g} Å"
+    if not written:
+        out.unlink(missing_ok=True)  # of an earlier run: it would be taken for this one's
+        print(f"  no atom has a {field} above {threshold:.3g}: nothing to label")
+        return
+    print(f"  {len(written)} {what} to label in {out}, the most uncertain first, then the most")
+    print("  different from those before:")
+    for choice, atoms in zip(choices, written, strict=True):
+        print(f"    {choice}, {len(atoms):,} atoms")
 
 
 def run(
@@ -541,12 +665,24 @@ def run(
     axis: str = "z",
     thresholds: Mapping[str, float] | None = None,
     progress: bool = True,
+    number: int | None = None,
+    radius: float | None = None,
+    model_path: Path | None = None,
 ) -> Analysis:
-    """Analyse, print and write; the verb `lmp-hl analyze`."""
+    """Analyse, print and write; the verb `lmp-hl analyze`.
+
+    Configurations to label are selected by the field of the first threshold given, else by the one
+    that ranked errors best on the validation frames.
+    """
+    if number is None and (radius is not None or model_path is not None):
+        raise ValueError("--environment and --model are about selection; add --select NUMBER")
     path = Path(path)
     result = analyze(path, axis, thresholds, progress)
     folder = Path(out) if out is not None else path.with_name(f"{path.stem}-analysis")
     folder.mkdir(parents=True, exist_ok=True)
     written = write_tables(result, folder) + write_figures(result, folder)
     print_summary(result, written)
+    if number is not None:
+        field = next(iter(thresholds or {}), result.best)
+        select_configurations(result, field, folder, number, radius, model_path)
     return result

@@ -73,18 +73,36 @@ def _info(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from lmp_hl import evaluate
 
-    keys = ("energy_key", "forces_key", "stress_key")
     evaluate.run(
-        args.model, args.data, args.seen, args.json, args.csv, args.figures,
-        **{k: getattr(args, k) for k in keys if getattr(args, k) is not None},
-    )  # fmt: skip
+        args.model, args.data, args.seen, args.json, args.csv, args.figures, **_label_keys(args)
+    )
     return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from lmp_hl.training.calibrate import recalibrate
+
+    found = recalibrate(args.model, args.data, args.out, **_label_keys(args))
+    print(
+        f"calibrated on {found['validation_frames']} frames, {found['validation_atoms']} atoms: "
+        f"force error {1e3 * found['force_rmse']:.1f} meV/Å; predicted/true size "
+        f"{found['size_ratio']:.2f} (cross-validated)\nwrote {args.out or args.model}"
+    )
+    return 0
+
+
+def _label_keys(args: argparse.Namespace) -> dict[str, Any]:
+    known = ("energy_key", "forces_key", "stress_key")
+    return {k: getattr(args, k) for k in known if getattr(args, k) is not None}
 
 
 def _analyze(args: argparse.Namespace) -> int:
     from lmp_hl import analysis
 
-    analysis.run(args.trajectory, args.out, args.axis, dict(args.threshold))
+    analysis.run(
+        args.trajectory, args.out, args.axis, dict(args.threshold), number=args.select,
+        radius=args.environment, model_path=args.model,
+    )  # fmt: skip
     return 0
 
 
@@ -139,6 +157,11 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(action=action)
         return made
 
+    def labels(parser: Any) -> None:
+        for label in ("energy", "forces", "stress"):
+            about = f"label in the file (default {label})"
+            parser.add_argument(f"--{label}-key", metavar="KEY", help=about)
+
     p = verb(
         "train", _train, "train a potential from one YAML file",
         "lmp-hl train silicon.yaml   (then: lmp-hl export runs/silicon/model.ckpt hl.pt)",
@@ -192,11 +215,23 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", type=Path, metavar="F", help="write all numbers")
     p.add_argument("--csv", type=Path, metavar="F", help="write one line per atom")
     p.add_argument("--figures", type=Path, metavar="DIR", help="write figures")
-    for label in ("energy", "forces", "stress"):
-        p.add_argument(f"--{label}-key", metavar="KEY", help=f"label in the file (default {label})")
+    labels(p)
 
     p = verb(
-        "analyze", _analyze, "tables and figures of the uncertainty in a trajectory",
+        "calibrate", _calibrate,
+        "fit the uncertainty of an hl.pt to other frames; energies and forces stay",
+        "lmp-hl calibrate hl.pt new_labels.xyz --out hl-new.pt",
+    )  # fmt: skip
+    p.add_argument("model", type=Path, metavar="hl.pt")
+    p.add_argument(
+        "data", type=Path, metavar="DATA.xyz",
+        help="at least 4 frames with energy and forces that it was not trained on",
+    )  # fmt: skip
+    p.add_argument("--out", type=Path, metavar="NEW.pt", help="default: replace hl.pt")
+    labels(p)
+
+    p = verb(
+        "analyze", _analyze, "the uncertainty along a trajectory: tables, figures, frames to label",
         "lmp-hl analyze traj.h5md --out figures/ --threshold force_std=0.3",
     )  # fmt: skip
     p.add_argument("trajectory", type=Path, metavar="traj.h5md")
@@ -205,6 +240,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--threshold", type=_threshold, action="append", default=[], metavar="FIELD=VALUE",
         help="count atoms above it (default: median + 5 robust standard deviations of frame 0)",
+    )  # fmt: skip
+
+    p.add_argument(
+        "--select", type=int, metavar="N",
+        help="write the N most uncertain and most different frames as selected.xyz, to be labelled",
+    )  # fmt: skip
+    p.add_argument(
+        "--environment", type=float, metavar="R",
+        help="with --select: not frames, but what is within R Å of uncertain atoms",
+    )  # fmt: skip
+    p.add_argument(
+        "--model", type=Path, metavar="hl.pt",
+        help="with --select: tell environments apart by its features (default: by the geometry)",
     )  # fmt: skip
 
     p = verb(

@@ -153,7 +153,13 @@ def entropy(probs: Tensor) -> Tensor:
     Returns:
         (...,); 0 for one certain bin, log(num_bins) for a uniform row.
     """
-    return -torch.special.xlogy(probs, probs).sum(-1)
+    # not xlogy, which is several times slower; 0 log(tiny) is 0 as well
+    return -(probs * torch.log(probs.clamp(min=1e-37))).sum(-1)
+
+
+def entropy_of_logits(logits: Tensor) -> Tensor:
+    """entropy(softmax(logits)), nats, without a logarithm per bin; (..., num_bins) -> (...,)."""
+    return -(torch.softmax(logits, -1) * torch.log_softmax(logits, -1)).sum(-1)
 
 
 def differential_entropy(probs: Tensor, edges: Tensor) -> Tensor:

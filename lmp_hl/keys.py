@@ -35,7 +35,13 @@ FORCE_ENTROPY: Final = (
     "force_entropy"  # (num_owned,) nats, entropy of the calibrated force histogram
 )
 FORCE_STD: Final = "force_std"  # (num_owned,) eV/Å, calibrated error of one force component
+FORCE_BOUND: Final = (
+    "force_bound"  # (num_owned,) eV/Å, above the error sqrt(|dF|^2/3) with the coverage in the card
+)
 DISTANCE: Final = "distance"  # (num_owned,) dimensionless, feature distance / validation median
+EXTRAPOLATING: Final = (
+    "extrapolating"  # (num_owned,) 1 where the distance is beyond the threshold in the card, else 0
+)
 ENSEMBLE_FORCE_STD: Final = (
     "ensemble_force_std"  # (num_owned,) float64, eV/Å, calibrated disagreement of a force component
 )
@@ -63,7 +69,9 @@ FIELD_UNITS: Final = {
     EXCESS_ENTROPY: "nat",
     FORCE_ENTROPY: "nat",
     FORCE_STD: "eV/Angstrom",
+    FORCE_BOUND: "eV/Angstrom",
     DISTANCE: "1",
+    EXTRAPOLATING: "1",
     ENSEMBLE_FORCE_STD: "eV/Angstrom",
     ENSEMBLE_ENERGY_STD: "eV",
     MEAN_VARIANCE_FORCE_STD: "eV/Angstrom",

@@ -202,8 +202,11 @@ def describe(path: str | Path) -> str:
         ),
         (
             "calibration",
-            f"{calibration['validation_atoms']} validation atoms" + _size(calibration),
+            f"{calibration['validation_atoms']} validation atoms"
+            + _size(calibration)
+            + _recalibrated(calibration),
         ),
+        ("promises", _promises(card)),
         ("rank of error", _ranking(calibration["ranking"])),
         ("versions", ", ".join(f"{k} {v}" for k, v in card["versions"].items())),
     ]
@@ -235,6 +238,25 @@ def _head(card: dict[str, Any]) -> str:
         f"{1e3 * bins['bin_width']:.3g} meV around each atom's anchor, {kernel}, entropy floor "
         f"{bins['entropy_floor']:.3f} nat"
     )
+
+
+def _recalibrated(calibration: dict[str, Any]) -> str:
+    if "recalibrated" not in calibration:
+        return ""
+    later = calibration["recalibrated"]
+    return f"; done anew on {later['data']}, {later['date']}"
+
+
+def _promises(card: dict[str, Any]) -> str:
+    if "conformal" not in card:
+        return "none (force_bound and extrapolating need at least 4 validation frames)"
+    found = card["conformal"]
+    return (
+        f"force_bound is {found['force_bound_over_force_std']:.2f} force_std, above "
+        f"{found['coverage']:.0%} of the errors; extrapolating is a distance beyond "
+        f"{found['extrapolating_beyond_distance']:.2f}, at most {1 - found['coverage']:.0%} of the "
+        "atoms; both in frames like the validation frames only"
+    ).replace("%", " %")
 
 
 def _size(calibration: dict[str, Any]) -> str:

@@ -92,10 +92,10 @@ class Potential(nn.Module):
 
     @torch.jit.unused
     def field_names(self) -> list[str]:
-        """Names (keys.py) of what `fields` returns, those of the energy head first."""
+        """Names (keys.py) of the fields it can answer for, those of the energy head first."""
         names = list(self.energy_head.FIELDS)
         for method in self.uncertainty_methods():
-            names += [name for name in method.FIELDS if name not in names]
+            names += [name for name in method.available_fields() if name not in names]
         return names
 
     @torch.jit.unused

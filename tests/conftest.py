@@ -95,7 +95,16 @@ def randomize(potential, structures, elements, seed):
             x = invariants(features)
             distance.mean.copy_(x.mean(0) + noise(distance.mean, 0.1))
             distance.whiten.add_(noise(distance.whiten, 0.2))
-            distance.median.copy_(distance(features, batch["species"]).median())
+            values = distance(x, batch["species"])
+            distance.median.copy_(values.median())
+            promise(methods["scales"], values / distance.median)
+
+
+def promise(scales, distances):
+    """Offer the fields that promise something; every third atom extrapolates."""
+    scales.coverage.fill_(0.95)
+    scales.bound_factor.fill_(2.5)
+    scales.reach.copy_(distances.quantile(2 / 3))
 
 
 @functools.cache
@@ -156,7 +165,9 @@ def calibrated(preset, dtype="float64", seed=0):
         distance.mean.copy_(mean)
         distance.whiten.copy_(torch.diag(1 / std))
         distance.median.fill_(1.0)
-        distance.median.copy_(distance(features, inputs[keys.SPECIES]).median())
+        values = distance(x, inputs[keys.SPECIES])
+        distance.median.copy_(values.median())
+        promise(scales, values / distance.median)
         force.feature_mean.copy_(mean)
         force.feature_std.copy_(std)
         force.tensor_rms.copy_(features.tensors[4:9].pow(2).mean().sqrt())

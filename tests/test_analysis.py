@@ -206,9 +206,39 @@ def test_run_writes_tables_and_figures(trajectory, tmp_path, capsys):
     assert "6 frames, 216 atoms, steps 0 to 500" in capsys.readouterr().out
 
 
+def test_first_crossing_is_the_first_frame_and_its_worst_atom(trajectory, frames):
+    limit = 1.01 * frames[2]["force_std"].max()
+    k = next(k for k in range(6) if frames[k]["force_std"].max() > limit)
+    found = analysis.analyze(trajectory, thresholds={"force_std": limit, "entropy": 99.0})
+    first = found.crossings["force_std"]
+    worst = frames[k]["force_std"].argmax()
+    assert (first.step, first.id, first.element) == (100 * k, worst + 1, "Si")
+    np.testing.assert_allclose(first.position, frames[k]["position"][worst])
+    assert first.value == pytest.approx(frames[k]["force_std"].max())
+    assert "entropy" not in found.crossings
+    assert found.as_dict()["first_crossing"]["force_std"]["step"] == 100 * k
+
+
+@pytest.mark.parametrize("column", ["extrapolating", "distance"])
+def test_share_of_atoms_extrapolating(frames, tmp_path, capsys, column):
+    card = {"conformal": {"coverage": 0.9, "extrapolating_beyond_distance": 2.0}}
+    distance = [f["force_std"] / 0.05 for f in frames]
+    values = [d > 2.0 for d in distance] if column == "extrapolating" else distance
+    made = [f | {column: np.asarray(v, float)} for f, v in zip(frames, values, strict=True)]
+    result = analysis.analyze(write_h5md(tmp_path / "t.h5md", made, card))
+    expected = [(d > 2.0).mean() for d in distance]
+    np.testing.assert_allclose(result.column("extrapolating"), expected)
+    assert "extrapolating" not in result.fields  # a flag has no threshold or distribution
+    analysis.print_summary(result, [tmp_path / "nothing"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"{expected[0]:.1%} → {expected[-1]:.1%}; at most 10%" in text
+
+
 def test_one_frame_is_enough(frames, card, tmp_path):
-    path = write_h5md(tmp_path / "one.h5md", frames[:1], card, periodic=(True, True, False))
+    only = [f | {"extrapolating": f["entropy"] > 2.5} for f in frames[:1]]
+    path = write_h5md(tmp_path / "one.h5md", only, card, periodic=(True, True, False))
     analysis.run(path, progress=False)
+    assert (tmp_path / "one-analysis" / "extrapolating.png").stat().st_size > 5_000
     assert (tmp_path / "one-analysis" / "atoms_entropy.png").stat().st_size > 10_000
 
 

@@ -13,6 +13,7 @@ from conftest import CUTOFF, ELEMENTS, make_card
 from lmp_hl import keys, model_file
 from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
+from lmp_hl.uncertainty import Scales
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_exported_equals_eager(
 def test_fields_of_a_scalar_model_have_no_histogram(potential_factory, tmp_path):
     path = export_potential(potential_factory(head="scalar"), ["Si"], {}, tmp_path / "hl.pt")
     model = model_file.load(path)
-    assert model.fields == [keys.ENERGY, keys.FORCE_ENTROPY, keys.FORCE_STD, keys.DISTANCE]
+    assert model.fields == [keys.ENERGY, *Scales.FIELDS]
     assert "histogram" not in model.card
 
 

@@ -16,6 +16,7 @@ from lmp_hl.nn.backbone import Backbone
 from lmp_hl.nn.heads import invariants
 from lmp_hl.potential import Potential, edge_forces
 from lmp_hl.training import frames as fr
+from lmp_hl.uncertainty.scales import spd_exponential
 
 # preset, head, number of elements, l_max
 ALL = list(itertools.product(["local", "mp"], ["hlgauss", "scalar"], [1, 3], [2, 3]))
@@ -335,16 +336,17 @@ def force(request, potential_factory, structure_factory):
     inputs = inputs_of(potential, structure_factory(ELEMENTS, seed=5))
     features, _ = potential.atoms(inputs)
     species = inputs[keys.SPECIES]
+    x, scales = invariants(features), potential.methods["scales"]
     return (
         potential,
-        potential.methods["scales"].force_distribution(features, species),
-        potential.methods["scales"].distance(features, species),
+        scales.force_distribution(x, features.tensors, species),
+        scales.distance(x, species),
     )
 
 
 def test_shape_of_the_force_distribution_is_spd_with_determinant_one(force):
     _, distribution, _ = force
-    shape = distribution.shape
+    shape = spd_exponential(distribution.generator)
     torch.testing.assert_close(shape, shape.transpose(1, 2))
     assert bool((torch.linalg.eigvalsh(shape) > 0).all())
     torch.testing.assert_close(torch.linalg.det(shape), torch.ones(9, dtype=torch.float64))
@@ -359,9 +361,11 @@ def test_shape_of_the_force_distribution_turns_with_the_structure(force, structu
     turned.set_cell(atoms.cell @ matrix.T, scale_atoms=True)
     inputs = inputs_of(potential, turned)
     features, _ = potential.atoms(inputs)
-    after = potential.methods["scales"].force_distribution(features, inputs[keys.SPECIES])
-    expected = matrix @ before.shape.numpy() @ matrix.T
-    np.testing.assert_allclose(after.shape, expected, atol=1e-10)
+    after = potential.methods["scales"].force_distribution(
+        invariants(features), features.tensors, inputs[keys.SPECIES]
+    )
+    expected = matrix @ before.generator.numpy() @ matrix.T
+    np.testing.assert_allclose(after.generator, expected, atol=1e-10)
     np.testing.assert_allclose(after.logits, before.logits, atol=1e-10)
 
 
@@ -372,12 +376,10 @@ def test_log_density_is_scipys_mixture_of_gaussians(force):
     got = head.log_density(distribution, factor, errors)
     weights = torch.softmax(distribution.logits, 1).numpy()
     scales = np.exp(head.log_scales.numpy())
+    shape = torch.linalg.matrix_exp(distribution.generator).numpy()
     for i in range(9):
         density = sum(
-            q
-            * multivariate_normal(
-                cov=(s * float(factor[i])) ** 2 * distribution.shape[i].numpy()
-            ).pdf(errors[i])
+            q * multivariate_normal(cov=(s * float(factor[i])) ** 2 * shape[i]).pdf(errors[i])
             for q, s in zip(weights[i], scales, strict=True)
         )
         assert float(got[i]) == pytest.approx(np.log(density), rel=1e-9)
@@ -387,26 +389,26 @@ def test_force_std_is_the_root_of_the_mean_variance_of_a_component(force):
     potential, distribution, factor = force
     head = potential.methods["scales"].force_distribution
     weights, scales = torch.softmax(distribution.logits, 1), torch.exp(head.log_scales)
-    covariance = distribution.shape * (
+    covariance = torch.linalg.matrix_exp(distribution.generator) * (
         factor.square() * (weights * scales.square()).sum(1)
     ).reshape(-1, 1, 1)
     expected = np.sqrt(np.trace(covariance.numpy(), axis1=1, axis2=2) / 3)
-    np.testing.assert_allclose(head.std(distribution, factor), expected, rtol=1e-12)
+    np.testing.assert_allclose(head.summary(distribution, factor)[0], expected, rtol=1e-12)
 
 
 def test_force_entropy_is_that_of_the_mixtures_bin_masses_and_grows_with_the_factor(force):
     potential, distribution, factor = force
     head = potential.methods["scales"].force_distribution
-    edges = histogram.uniform_edges(head.masses.shape[1], float(head.bin_width))
+    edges = histogram.uniform_edges(2 * head.masses.shape[1], float(head.bin_width))
     weights = torch.softmax(distribution.logits, 1)
-    trace = distribution.shape.diagonal(dim1=1, dim2=2).sum(1)
+    trace = torch.linalg.matrix_exp(distribution.generator).diagonal(dim1=1, dim2=2).sum(1)
     sigma = torch.exp(head.log_scales) * (factor * (trace / 3).sqrt()).unsqueeze(1)
     masses = histogram.hl_gauss(torch.zeros_like(sigma), edges, sigma)
     expected = histogram.entropy((weights.unsqueeze(2) * masses).sum(1))
-    got = head.entropy(distribution, factor)
+    got = head.summary(distribution, factor)[1]
     # masses are interpolated between scales 34 % apart
     torch.testing.assert_close(got, expected, rtol=0, atol=0.02)
-    grown = [head.entropy(distribution, factor * g) for g in (0.1, 0.5, 1.0, 2.0, 8.0)]
+    grown = [head.summary(distribution, factor * g)[1] for g in (0.1, 0.5, 1.0, 2.0, 8.0)]
     for smaller, larger in itertools.pairwise(grown):
         assert bool((larger > smaller).all())
 
@@ -417,7 +419,7 @@ def test_distance_is_the_mahalanobis_distance_of_the_element(potential_factory, 
     features, _ = potential.atoms(inputs)
     head = potential.methods["scales"].distance
     x = invariants(features).numpy()
-    got = head(features, inputs[keys.SPECIES])
+    got = head(invariants(features), inputs[keys.SPECIES])
     for i, z in enumerate(inputs[keys.SPECIES].tolist()):
         whiten = head.whiten[z].numpy()
         difference = x[i] - head.mean[z].numpy()

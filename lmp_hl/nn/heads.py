@@ -170,23 +170,24 @@ class HistogramEnergy(EnergyHead):
         # bounded: far from the data a width may not become 0 or infinite
         log_tau = 3.0 * torch.tanh(self.log_tau(scalars) / 3.0)
         tau2 = self.kernel_variance() * torch.exp(2.0 * log_tau)
-        logits = self._shape(scalars) - relative.pow(2) / (2.0 * tau2)
-        energy = self._expected(anchor, scalars, tau2)
+        shape = self._shape(scalars)
+        logits = shape - relative.pow(2) / (2.0 * tau2)
+        energy = self._expected(anchor, shape, tau2)
         return AtomicEnergy(energy, anchor, logits, tau2.squeeze(1) * width.square())
 
     def _shape(self, scalars: Tensor) -> Tensor:
         # bounded: far from the data a free delta singles out one bin, and entropy says "certain"
         return 3.0 * torch.tanh(self.delta(scalars) / 3.0)
 
-    def _expected(self, anchor: Tensor, scalars: Tensor, tau2: Tensor) -> Tensor:
+    def _expected(self, anchor: Tensor, shape: Tensor, tau2: Tensor) -> Tensor:
         # here the bins move with the anchor: same value, gradient of the moving histogram
-        logits = self._shape(scalars) - self.offsets.pow(2) / (2.0 * tau2)
+        logits = shape - self.offsets.pow(2) / (2.0 * tau2)
         probs = torch.softmax(logits, dim=1)
         return anchor + self.bin_width.to(anchor.dtype) * histogram.expectation(probs, self.offsets)
 
     def fields(self, energy: AtomicEnergy, species: Tensor) -> dict[str, Tensor]:
         """Entropy of each atom's histogram and how far it is above the floor, nats."""
-        entropy = histogram.entropy(torch.softmax(energy.logits, 1))
+        entropy = histogram.entropy_of_logits(energy.logits)
         return {keys.ENTROPY: entropy, keys.EXCESS_ENTROPY: entropy - self.entropy_floor()}
 
     def entropy_floor(self) -> float:

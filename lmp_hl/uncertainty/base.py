@@ -42,6 +42,17 @@ class Atoms(NamedTuple):
         """Frames in the set."""
         return len(self.energy_errors)
 
+    def double(self) -> "Atoms":
+        """The same in float64, in which methods are fitted."""
+        return Atoms(
+            Features(*(x.double() for x in self.features)),
+            AtomicEnergy(*(x.double() for x in self.energy)),
+            self.species,
+            self.frame,
+            self.errors.double(),
+            self.energy_errors.double(),
+        )
+
     def rows(self, index: Tensor) -> "Atoms":
         """Some of the atoms; energy_errors stay those of all frames."""
         features = Features(self.features.scalars[index], self.features.tensors[:, index])
@@ -97,6 +108,27 @@ class Method(nn.Module):
             What the model card should say about it.
         """
         raise NotImplementedError
+
+    def calibrate(self, held: Atoms) -> dict[str, Any]:
+        """Fit anew what has a size, and keep what `fit` learnt from the training frames.
+
+        Args:
+            held: as in `fit`; other frames, perhaps of another kind.
+
+        Returns:
+            As `fit`.
+
+        Raises:
+            ValueError: the method cannot, or these frames are not enough for it.
+        """
+        raise ValueError(
+            f"uncertainty method {type(self).__name__} is fitted with the training frames only; "
+            "train again with these frames as data.valid"
+        )
+
+    def available_fields(self) -> list[str]:
+        """Those of FIELDS that what was fitted can answer for; a model file offers no others."""
+        return list(self.FIELDS)
 
     def loss(self, atoms: Atoms) -> Loss:
         """Of a trained method: what to minimise over a batch; features and errors with gradients.

@@ -1,0 +1,253 @@
+"""Calibration of a model file on new frames, and what conformal bounds promise."""
+
+import json
+import zipfile
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase.calculators.singlepoint import SinglePointCalculator
+from conftest import ELEMENTS, make_card, make_potential, make_structure
+from scipy.stats import spearmanr
+
+from lmp_hl import HLCalculator, cli, keys, model_file
+from lmp_hl.export import export_potential
+from lmp_hl.training.calibrate import recalibrate
+from lmp_hl.uncertainty import conformal, scales
+
+NOISE = 0.3  # eV/Å
+
+
+def labelled(model, num_frames, noise=NOISE, seed=100):
+    """Structures with the model's own labels and Gaussian noise on the forces."""
+    rng = np.random.default_rng(seed)
+    calculator = HLCalculator(model)
+    frames = []
+    for k in range(num_frames):
+        atoms = make_structure(ELEMENTS[:2], 12, seed=seed + k)
+        atoms.calc = calculator
+        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+        forces = forces + noise * rng.normal(size=forces.shape)
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+        frames.append(atoms)
+    return frames
+
+
+def errors_of(model, frames):
+    """Force error of every atom, and the model's results on every frame."""
+    calculator, errors, results = HLCalculator(model), [], []
+    for atoms in frames:
+        moved = atoms.copy()
+        moved.calc = calculator
+        difference = moved.get_forces() - atoms.get_forces()
+        errors.append(np.sqrt((difference**2).mean(1)))
+        results.append(dict(calculator.results))
+    return np.concatenate(errors), results
+
+
+@pytest.fixture(scope="module")
+def data(tiny_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "new.xyz"
+    ase.io.write(path, labelled(tiny_model, 30))
+    return path
+
+
+@pytest.fixture(scope="module")
+def new(tiny_model, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("new") / "new.pt"
+    recalibrate(tiny_model, data, out)
+    return out
+
+
+# calibrate ---------------------------------------------------------------------------------------
+def test_energies_and_forces_stay_and_the_uncertainty_does_not(tiny_model, new, silicon):
+    results = []
+    for path in (tiny_model, new):
+        atoms = silicon.copy()
+        atoms.calc = HLCalculator(path)
+        atoms.get_forces()
+        results.append(atoms.calc.results)
+    before, after = results
+    for name in ("energies", "forces", "stress", "entropy"):
+        assert np.array_equal(before[name], after[name]), name
+    for name in ("force_std", "force_bound", "force_entropy", "distance"):
+        assert np.abs(after[name] / before[name] - 1).max() > 0.05, name
+
+
+def test_the_sizes_are_those_of_frames_it_has_not_seen(tiny_model, new):
+    fresh = labelled(tiny_model, 40, seed=900)
+    error, results = errors_of(new, fresh)
+    std = np.concatenate([r["force_std"] for r in results])
+    bound = np.concatenate([r["force_bound"] for r in results])
+    # 1,440 components: the noise's own size is known to 2 %, that of the fit to 3 %
+    assert np.sqrt((std**2).mean()) == pytest.approx(NOISE, rel=0.15)
+    assert np.sqrt((error**2).mean()) == pytest.approx(NOISE, rel=0.06)
+    # coverage given these calibration frames scatters by sqrt(0.95 * 0.05 / 30) around the promise
+    assert 0.95 - 0.08 < (error <= bound).mean() < 1.0
+    flagged = np.concatenate([r["extrapolating"] for r in results])
+    assert 0.0 < flagged.mean() < 0.05 + 0.08
+    assert set(flagged) == {0.0, 1.0}
+    distance = np.concatenate([r["distance"] for r in results])
+    assert np.median(distance) == pytest.approx(1.0, rel=0.1)
+
+
+def test_the_card_says_what_when_and_on_what(tiny_model, new, data, capsys):
+    model = model_file.load(new)
+    found = model.card["calibration"]
+    assert (found["validation_frames"], found["validation_atoms"]) == (30, 360)
+    assert found["force_rmse"] == pytest.approx(NOISE, rel=0.06)
+    assert found["recalibrated"]["data"] == "new.xyz"
+    assert found["recalibrated"]["of_model"] == model_file.load(tiny_model).hash
+    assert found["recalibrated"]["date"].startswith("20")
+    fields = set(model.fields) - {keys.ENERGY}
+    assert set(found["ranking"]) <= fields and keys.FORCE_STD in found["ranking"]
+    promise = model.card["conformal"]
+    assert promise["coverage"] == 0.95
+    # the part that LAMMPS and zip tools read says the same
+    with zipfile.ZipFile(new) as archive:
+        name = next(n for n in archive.namelist() if n.endswith("extra/card.json"))
+        assert json.loads(archive.read(name)) == model.card
+    assert cli.main(["info", str(new)]) == 0
+    text = capsys.readouterr().out
+    assert "on new.xyz" in text and "95 %" in text
+
+
+def test_the_new_ranking_is_that_of_the_data(new, data):
+    error, results = errors_of(new, ase.io.read(data, ":"))
+    std = np.concatenate([r["force_std"] for r in results])
+    ranking = model_file.load(new).card["calibration"]["ranking"]
+    assert ranking["force_std"] == pytest.approx(spearmanr(std, error).statistic, abs=1e-6)
+
+
+def test_without_out_the_file_itself_is_replaced(tiny_model, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scales, "PENALTIES", (1e6,))  # the others only take time
+    path = tmp_path / "hl.pt"
+    path.write_bytes(tiny_model.read_bytes())
+    part = tmp_path / "part.xyz"
+    ase.io.write(part, ase.io.read(data, ":6"))
+    assert cli.main(["calibrate", str(path), str(part)]) == 0
+    assert "6 frames, 72 atoms: force error" in capsys.readouterr().out
+    card = model_file.load(path).card
+    assert card["calibration"]["validation_frames"] == 6
+    assert card["conformal"]["coverage"] == 0.8
+    assert {p.name for p in tmp_path.iterdir()} == {"hl.pt", "part.xyz"}
+
+
+def refused(path, data, match, capsys):
+    before = path.read_bytes()
+    assert cli.main(["calibrate", str(path), str(data)]) == 2
+    message = capsys.readouterr().err
+    assert match in message and message.count("\n") == 1, message
+    assert path.read_bytes() == before
+    assert not [p for p in path.parent.iterdir() if p.suffix == ".pt" and p != path]
+
+
+def test_bad_input_is_refused_and_nothing_written(tiny_model, data, tmp_path, capsys):
+    path = tmp_path / "hl.pt"
+    path.write_bytes(tiny_model.read_bytes())
+    frames = ase.io.read(data, ":")
+
+    few = tmp_path / "few.xyz"
+    ase.io.write(few, frames[:3])
+    refused(path, few, "3 frames; calibration needs at least 4", capsys)
+
+    strange = tmp_path / "strange.xyz"
+    other = frames[1].copy()
+    other.symbols[0] = "Cu"
+    other.calc = frames[1].calc
+    ase.io.write(strange, [frames[0], other, *frames[2:]])
+    refused(path, strange, "Cu", capsys)
+
+    own = tmp_path / "own.xyz"
+    ase.io.write(own, labelled(tiny_model, 4, noise=0.0))
+    refused(path, own, "labels are its own", capsys)
+    refused(path, tmp_path / "none.xyz", "none.xyz", capsys)
+
+
+def test_files_without_statistics_are_refused(tiny_model, data, tmp_path, capsys):
+    def altered(name, change):
+        module = torch.jit.load(str(tiny_model))
+        change(getattr(module.stages.ensemble.members, "0").methods.scales)
+        outputs = module(dict(module.selftest_inputs), True, False)
+        module.selftest_outputs = {k: outputs[k].detach() for k in module.selftest_outputs}
+        path = tmp_path / name / "hl.pt"
+        path.parent.mkdir()
+        torch.jit.save(module, str(path))
+        return path
+
+    singular = altered("singular", lambda method: method.distance.whiten.zero_())
+    refused(singular, data, "their covariance is singular", capsys)
+
+    # a file whose methods hold other tensors than ours, as one of another version
+    older = make_potential(num_elements=2)
+    force = older.methods["scales"].force_distribution
+    kept = force._buffers["bin_width"]
+    try:
+        force._buffers["bin_width"] = kept.repeat(3).reshape(3, 1)[:1]
+        path = tmp_path / "older" / "hl.pt"
+        export_potential(older, ELEMENTS[:2], make_card(), path)
+    finally:
+        force._buffers["bin_width"] = kept
+    refused(path, data, "the statistics of its uncertainty method 'scales' are not those", capsys)
+
+
+def test_a_compiled_file_is_refused_with_the_cure(compiled_models, data, tmp_path, capsys):
+    path = tmp_path / "hl.pt2"
+    path.write_bytes(compiled_models["local"].read_bytes())
+    refused(path, data, "calibrate the hl.pt of the same checkpoint", capsys)
+
+
+# conformal ---------------------------------------------------------------------------------------
+def test_coverage_is_what_so_many_frames_can_promise():
+    found = [conformal.attainable_coverage(k) for k in (0, 3, 4, 8, 9, 18, 19, 1000)]
+    assert found == [0.0, 0.0, 0.8, 0.8, 0.9, 0.9, 0.95, 0.95]
+    for k, coverage in ((4, 0.8), (9, 0.9), (19, 0.95)):
+        # the fewest frames: only the largest score of all will do, and one frame less has none
+        scores, frame = np.arange(3 * k), np.repeat(np.arange(k), 3)
+        assert conformal.pooled_quantile(scores, frame, coverage) == 3 * k - 1
+        assert conformal.pooled_quantile(scores[3:], frame[3:], coverage) == np.inf
+
+
+def test_pooled_quantile_of_frames_of_one_atom_is_split_conformals():
+    scores = np.random.default_rng(0).permutation(100)
+    # the ceil(0.95 * 101) = 96th smallest
+    assert conformal.pooled_quantile(scores, np.arange(100), 0.95) == 95
+
+
+def test_every_frame_has_the_same_weight():
+    # one large quiet frame and 19 small loud ones: atoms pooled without weights would say 0
+    scores = np.concatenate([np.zeros(10_000), np.ones(19)])
+    frame = np.concatenate([np.zeros(10_000), 1 + np.arange(19)])
+    assert conformal.pooled_quantile(scores, frame, 0.8) == 1.0
+    assert np.quantile(scores, 0.99) == 0.0
+
+
+def test_coverage_over_new_frames_is_the_promised_one():
+    """Frames with a level of their own, as atoms of one frame share much of their error."""
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(1500):
+        level = np.exp(0.5 * rng.normal(size=21))
+        sizes = rng.integers(1, 8, 21)
+        scores = [s * np.abs(rng.normal(size=n)) for s, n in zip(level, sizes, strict=True)]
+        frame = np.repeat(np.arange(20), sizes[:20])
+        bound = conformal.pooled_quantile(np.concatenate(scores[:20]), frame, 0.9)
+        covered.append((scores[20] <= bound).mean())
+    # standard error 0.2 / sqrt(1500) = 0.005; the promise is "at least", and hardly more
+    assert 0.9 - 0.015 < np.mean(covered) < 0.96
+
+
+def test_too_few_frames_leave_the_promises_out(tmp_path):
+    potential = make_potential(num_elements=2)
+    method = potential.methods["scales"]
+    kept = float(method.coverage)
+    try:
+        method.coverage.fill_(conformal.attainable_coverage(3))
+        path = export_potential(potential, ELEMENTS[:2], make_card(), tmp_path / "hl.pt")
+    finally:
+        method.coverage.fill_(kept)
+    model = model_file.load(path)
+    assert "force_std" in model.fields
+    assert not {"force_bound", "extrapolating"} & set(model.fields)
+    assert "conformal" not in model.card
