@@ -15,7 +15,9 @@ TRAININGS: Final[dict[str, dict[str, Any]]] = {
     # other heads and losses
     "mean_variance": {"model": {"head": "scalar", "uncertainty": ["mean_variance"]}},
     "evidential": {"model": {"head": "scalar", "uncertainty": ["evidential"]}},
-    "committee": {"model": {"uncertainty": ["committee"]}},
+    "committee": {"model": {"head": "committee"}},
+    "committee_bootstrap": {"model": {"head": "committee"}, "loss": {"member_frames": "bootstrap"}},
+    "svd_committee": {"model": {"head": "svd_committee"}},
     # controls of the categorical energy
     "latent": {"loss": {"energy_target": "latent"}},
     "pooled_probs": {"loss": {"energy_target": "pooled_probs"}},
@@ -55,7 +57,11 @@ METHODS: Final[dict[str, Method]] = {
     "llpr_scalar": Method("last-layer rigidity, scalar energy", "scalar", ("llpr",)),
     "mean_variance": Method("joint energy-force likelihood", "mean_variance"),
     "evidential": Method("equivariant evidential forces", "evidential"),
-    "committee": Method("committee of heads on one backbone", "committee"),
+    "committee": Method("committee of heads on one backbone", "committee", uncertainty.DEFAULT),
+    "committee_bootstrap": Method(
+        "the same, each on frames of its own", "committee_bootstrap", uncertainty.DEFAULT
+    ),
+    "svd_committee": Method("singular-value ensemble", "svd_committee", uncertainty.DEFAULT),
     "density": Method("mixture density of latent features", "hlgauss", ("density",)),
     "grade": Method("D-optimality grade of latent features", "hlgauss", ("grade",)),
     "latent": Method("latent targets of the atoms' energies", "latent", uncertainty.DEFAULT),
