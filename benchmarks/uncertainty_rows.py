@@ -6,6 +6,7 @@ from typing import Any, Final
 from lmp_hl import uncertainty
 
 ENSEMBLE: Final = 5
+NOISE: Final = (20, 100)  # meV/Å, see uncertainty_data.write_noisy
 
 
 # name -> what differs from benchmarks/uncertainty_<dataset>.yaml
@@ -29,6 +30,7 @@ TRAININGS: Final[dict[str, dict[str, Any]]] = {
     **{f"bins{n}": {"model": {"num_bins": n}} for n in (16, 32, 64, 256, 512)},
     **{f"sigma{s:g}": {"model": {"sigma": s}} for s in (0.25, 0.5, 1.0, 2.0)},
     **{f"frames{n}": {"data": {"max_frames": n}} for n in (50, 100, 200)},
+    **{f"noise{n}": {"data": {"train": f"train_noise{n}.xyz"}} for n in NOISE},
 }
 
 
@@ -79,6 +81,7 @@ METHODS: Final[dict[str, Method]] = {
             **{f"bins{n}": f"{n} bins" for n in (16, 32, 64, 256, 512)},
             **{f"sigma{s:g}": f"sigma {s:g} bins" for s in (0.25, 0.5, 1.0, 2.0)},
             **{f"frames{n}": f"{n} training frames" for n in (50, 100, 200)},
+            **{f"noise{n}": f"{n} meV/Å of noise on the training labels" for n in NOISE},
         }.items()
     },
 }
@@ -108,7 +111,9 @@ SEEDS: Final = (0, 1, 2)
 MAIN: Final = ("default", "scalar", "llpr", "mean_variance")
 # what a network is, and not how it knows its errors: a table of its own
 ABLATIONS: Final = tuple(
-    name for name in METHODS if name.startswith(("bins", "sigma", "frames", "two_", "one_"))
+    name
+    for name in METHODS
+    if name.startswith(("bins", "sigma", "frames", "noise", "two_", "one_"))
 )
 ROWS: Final = (
     *(Row(d, m, seed) for d in ("3bpa", "si") for m in MAIN for seed in SEEDS),
