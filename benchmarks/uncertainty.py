@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import yaml
 from provenance import provenance
-from uncertainty_data import write_split
+from uncertainty_data import write_noisy, write_split
 from uncertainty_rows import METHODS, ROWS, TRAININGS, Row
 from uncertainty_tables import write_results
 
@@ -75,6 +75,8 @@ def write_config(training: tuple[str, str, int], data: Path, out: Path) -> Path:
     full = f"{dataset}-{name}-{seed}"
     content |= {"name": full, "seed": seed, "output_dir": str(out / full)}
     section = content["data"]
+    if section["train"].startswith("train_noise"):
+        write_noisy(folder, float(Path(section["train"]).stem.removeprefix("train_noise")))
     for key in ("train", "valid"):
         section[key] = str(folder / section[key])
     section["test"] = {key: str(folder / path) for key, path in section["test"].items()}
@@ -357,6 +359,18 @@ def score_or_say_why(row: Row, data: Path, out: Path, num_resamples: int) -> dic
         }  # fmt: skip
 
 
+def _path(row: Row, out: Path) -> Path:
+    return out / "rows" / f"{row.name.replace('/', '-')}.json"
+
+
+def stored(row: Row, out: Path) -> dict[str, Any]:
+    """The row's numbers, or {"failed": why there are none}."""
+    path = _path(row, out)
+    if not path.is_file():
+        return {"row": row.name, "method": row.method, "failed": "not trained"}
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
 def run(
     rows: Sequence[Row],
     data: Path,
@@ -371,14 +385,7 @@ def run(
         row name -> its numbers or the reason why there are none.
     """
     (out / "rows").mkdir(parents=True, exist_ok=True)
-    paths = {row: out / "rows" / f"{row.name.replace('/', '-')}.json" for row in rows}
-
-    def stored(row: Row) -> dict[str, Any]:
-        if not paths[row].is_file():
-            return {"failed": "not scored"}
-        return dict(json.loads(paths[row].read_text(encoding="utf-8")))
-
-    wanted = list(rows) if score_only else [row for row in rows if "failed" in stored(row)]
+    wanted = [row for row in rows if score_only or "failed" in stored(row, out)]
     failed: dict[tuple[str, str, int], str] = {}
     if not score_only:
         trainings = list(dict.fromkeys(t for row in wanted for t in row.trainings()))
@@ -390,16 +397,18 @@ def run(
         numbers = score_or_say_why(row, data, out, num_resamples)
         if "failed" in numbers and why is not None:
             numbers["failed"] = why
-        evaluate.write_json(paths[row], numbers)
+        evaluate.write_json(_path(row, out), numbers)
         print(f"{row.name}: {numbers.get('failed', 'scored')}", flush=True)
-    return {row.name: stored(row) for row in rows}
+    return {row.name: stored(row, out) for row in rows}
 
 
 def main() -> None:
     """Train, score and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of the data sets (uncertainty_data.py)")
-    parser.add_argument("--rows", default="*", help="pattern of dataset/method/seed (default all)")
+    parser.add_argument(
+        "--rows", nargs="+", default=["*"], help="patterns of dataset/method/seed (default all)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default 1)")
     parser.add_argument("--list", action="store_true", help="name the rows and what is there")
     parser.add_argument("--score-only", action="store_true", help="score again, train nothing")
@@ -407,21 +416,24 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     args = parser.parse_args()
     out = args.out.resolve()
-    rows = [row for row in ROWS if fnmatch.fnmatch(row.name, f"*{args.rows}*")]
+    rows = [r for r in ROWS if any(fnmatch.fnmatch(r.name, f"*{p}*") for p in args.rows)]
     if not rows:
-        parser.error(f"no row matches '{args.rows}'; --list names them all")
+        parser.error(f"no row matches {' or '.join(args.rows)}; --list names them all")
     if args.list:
         for row in rows:
             trained = [(out / "-".join(map(str, t)) / "model.ckpt") for t in row.trainings()]
             count = sum(path.is_file() for path in trained)
-            scored = (out / "rows" / f"{row.name.replace('/', '-')}.json").is_file()
-            print(f"{row.name:28} {count}/{len(trained)} trained{', scored' if scored else ''}")
+            scored = "" if "failed" in stored(row, out) else ", scored"
+            print(f"{row.name:28} {count}/{len(trained)} trained{scored}")
         return
     if args.data is None:
         parser.error("--data is needed to train and to score")
     torch.set_num_threads(1)
     run(rows, args.data.resolve(), out, args.jobs, args.score_only)
-    for path in write_results(ROWS, out / "rows", args.results):
+    datasets: dict[str, list[dict[str, Any]]] = {}
+    for row in ROWS:
+        datasets.setdefault(row.dataset, []).append(stored(row, out))
+    for path in write_results(datasets, args.results):
         print(f"wrote {path}")
 
 

@@ -116,3 +116,23 @@ def write_split(dataset: str, data: Path, out: Path) -> Path:
             write(folder / f"{name}.xyz", frames, format="extxyz")
         (folder / "done").touch()
     return folder
+
+
+def write_noisy(folder: Path, noise: float) -> Path:
+    """The split's training frames with noisy labels, train_noise<meV>.xyz, unless it is there.
+
+    Args:
+        folder: from write_split.
+        noise: meV/Å, standard deviation added to every force component; the frame's energy gets as
+            many meV.
+    """
+    path = folder / f"train_noise{noise:g}.xyz"
+    if not path.is_file():
+        rng = np.random.default_rng(0)
+        frames = _read(folder / "train.xyz")
+        for atoms in frames:
+            results = atoms.calc.results
+            results["energy"] += rng.normal(0, 1e-3 * noise)
+            results["forces"] = results["forces"] + rng.normal(0, 1e-3 * noise, (len(atoms), 3))
+        write(path, frames, format="extxyz")
+    return path

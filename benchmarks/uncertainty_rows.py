@@ -6,6 +6,7 @@ from typing import Any, Final
 from lmp_hl import uncertainty
 
 ENSEMBLE: Final = 5
+NOISE: Final = (20, 100)  # meV/Å, see uncertainty_data.write_noisy
 
 
 # name -> what differs from benchmarks/uncertainty_<dataset>.yaml
@@ -15,7 +16,9 @@ TRAININGS: Final[dict[str, dict[str, Any]]] = {
     # other heads and losses
     "mean_variance": {"model": {"head": "scalar", "uncertainty": ["mean_variance"]}},
     "evidential": {"model": {"head": "scalar", "uncertainty": ["evidential"]}},
-    "committee": {"model": {"uncertainty": ["committee"]}},
+    "committee": {"model": {"head": "committee"}},
+    "committee_bootstrap": {"model": {"head": "committee"}, "loss": {"member_frames": "bootstrap"}},
+    "svd_committee": {"model": {"head": "svd_committee"}},
     # controls of the categorical energy
     "latent": {"loss": {"energy_target": "latent"}},
     "pooled_probs": {"loss": {"energy_target": "pooled_probs"}},
@@ -27,6 +30,7 @@ TRAININGS: Final[dict[str, dict[str, Any]]] = {
     **{f"bins{n}": {"model": {"num_bins": n}} for n in (16, 32, 64, 256, 512)},
     **{f"sigma{s:g}": {"model": {"sigma": s}} for s in (0.25, 0.5, 1.0, 2.0)},
     **{f"frames{n}": {"data": {"max_frames": n}} for n in (50, 100, 200)},
+    **{f"noise{n}": {"data": {"train": f"train_noise{n}.xyz"}} for n in NOISE},
 }
 
 
@@ -55,7 +59,11 @@ METHODS: Final[dict[str, Method]] = {
     "llpr_scalar": Method("last-layer rigidity, scalar energy", "scalar", ("llpr",)),
     "mean_variance": Method("joint energy-force likelihood", "mean_variance"),
     "evidential": Method("equivariant evidential forces", "evidential"),
-    "committee": Method("committee of heads on one backbone", "committee"),
+    "committee": Method("committee of heads on one backbone", "committee", uncertainty.DEFAULT),
+    "committee_bootstrap": Method(
+        "the same, each on frames of its own", "committee_bootstrap", uncertainty.DEFAULT
+    ),
+    "svd_committee": Method("singular-value ensemble", "svd_committee", uncertainty.DEFAULT),
     "density": Method("mixture density of latent features", "hlgauss", ("density",)),
     "grade": Method("D-optimality grade of latent features", "hlgauss", ("grade",)),
     "latent": Method("latent targets of the atoms' energies", "latent", uncertainty.DEFAULT),
@@ -73,6 +81,7 @@ METHODS: Final[dict[str, Method]] = {
             **{f"bins{n}": f"{n} bins" for n in (16, 32, 64, 256, 512)},
             **{f"sigma{s:g}": f"sigma {s:g} bins" for s in (0.25, 0.5, 1.0, 2.0)},
             **{f"frames{n}": f"{n} training frames" for n in (50, 100, 200)},
+            **{f"noise{n}": f"{n} meV/Å of noise on the training labels" for n in NOISE},
         }.items()
     },
 }
@@ -102,7 +111,9 @@ SEEDS: Final = (0, 1, 2)
 MAIN: Final = ("default", "scalar", "llpr", "mean_variance")
 # what a network is, and not how it knows its errors: a table of its own
 ABLATIONS: Final = tuple(
-    name for name in METHODS if name.startswith(("bins", "sigma", "frames", "two_", "one_"))
+    name
+    for name in METHODS
+    if name.startswith(("bins", "sigma", "frames", "noise", "two_", "one_"))
 )
 ROWS: Final = (
     *(Row(d, m, seed) for d in ("3bpa", "si") for m in MAIN for seed in SEEDS),

@@ -9,7 +9,7 @@ from typing import Any, Final
 import matplotlib
 import numpy as np
 from provenance import one_line
-from uncertainty_rows import ABLATIONS, METHODS, Row
+from uncertainty_rows import ABLATIONS, METHODS
 
 from lmp_hl.evaluate import TITLES
 from lmp_hl.plots import BLUE, MUTED, RED, STYLE
@@ -225,6 +225,19 @@ def _energy_table(groups: Mapping[str, Sequence[Result]], which: Sequence[str]) 
     return [title, "", *_markdown(["method", "field", f"z {order}", f"Spearman {order}"], rows)]
 
 
+def _promise_table(groups: Mapping[str, Sequence[Result]], which: Sequence[str]) -> list[str]:
+    rows = []
+    for name, results in groups.items():
+        for promise in next(iter(results[0]["report"]["sets"].values())).get("promises", {}):
+            kept = [_numbers(results, s, "promises", promise) for s in which]
+            cells = " / ".join(_cell(k, ".3f") for k in kept)
+            rows.append([f"`{name}`", promise.replace("_", " "), cells])
+    if not rows:
+        return []
+    title = "Share of the atoms, every frame counting the same, for which a promise was kept."
+    return [title, "", *_markdown(["method", "promise", " / ".join(which)], rows)]
+
+
 def _ablation_table(groups: Mapping[str, Sequence[Result]], which: Sequence[str]) -> list[str]:
     """What the method's own choices do to accuracy, entropy and force_std."""
     order = " / ".join(which)
@@ -282,6 +295,7 @@ def tables(dataset: str, results: Sequence[Result]) -> str:
             *([f"- growth: {MEANINGS['growth']}"] if len(which) > 1 else []),
             "",
             *_size_table(groups, which),
+            *_promise_table(groups, which),
             *_energy_table(groups, which),
             "## Ranking",
             "",
@@ -297,8 +311,11 @@ def tables(dataset: str, results: Sequence[Result]) -> str:
             both = {"default": groups["default"], **ablations} if "default" in groups else ablations
             lines += ["## The method itself", "", *_ablation_table(both, which)]
     if missing:
+        reasons: dict[str, list[str]] = {}
+        for r in missing:
+            reasons.setdefault(r["failed"], []).append(f"`{r['row']}`")
         lines += ["## Rows that are not there", ""]
-        lines += [f"- `{r['row']}`: {r['failed']}" for r in missing]
+        lines += [f"- {reason}: {', '.join(rows)}" for reason, rows in reasons.items()]
         lines.append("")
     made = [r["made"] for r in results if "made" in r]
     if made:
@@ -418,30 +435,21 @@ def _compact(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def write_results(rows: Sequence[Row], folder: Path, results: Path) -> list[Path]:
+def write_results(datasets: Mapping[str, Sequence[Result]], results: Path) -> list[Path]:
     """Write uncertainty_<dataset>.{md,json,png} of every data set with a scored row.
 
     Args:
-        rows: all rows there are; those without a file in `folder` stand in the table as missing.
-        folder: of the rows' JSON files.
-        results: where to write.
+        datasets: name -> every row's numbers or {"row", "method", "failed"}.
+        results: folder to write to.
     """
     results.mkdir(parents=True, exist_ok=True)
     written = []
-    for dataset in dict.fromkeys(row.dataset for row in rows):
-        found: list[dict[str, Any]] = []
-        for row in (r for r in rows if r.dataset == dataset):
-            path = folder / f"{row.name.replace('/', '-')}.json"
-            found.append(
-                json.loads(path.read_text(encoding="utf-8"))
-                if path.is_file()
-                else {"row": row.name, "method": row.method, "failed": "not trained"}
-            )
+    for dataset, found in datasets.items():
         if all("failed" in result for result in found):
             continue
         stem = results / f"uncertainty_{dataset}"
         stem.with_suffix(".md").write_text(tables(dataset, found), encoding="utf-8")
-        text = json.dumps(_compact(found), separators=(",", ":"))
+        text = json.dumps(_compact(list(found)), separators=(",", ":"))
         stem.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
         written += [stem.with_suffix(".md"), stem.with_suffix(".json")]
         groups = _by_method(found, ablations=False)

@@ -178,9 +178,9 @@ def print_report(numbers: Mapping[str, Any], console: Any = None) -> None:
     _print_errors(numbers, console)
     _print_calibration(numbers, console)
     which = next(iter(numbers["ranking"]))
-    of = "" if which == "data" else f" of the {which} ones"
-    _print_scores(numbers, ATOMS, f"Which atoms{of} are wrong?", console)
-    _print_scores(numbers, FRAMES, f"Which frames{of} are wrong?", console)
+    of = "" if which == "data" else f" ({which} frames)"
+    _print_scores(numbers, ATOMS, f"Which atoms are wrong?{of}", console)
+    _print_scores(numbers, FRAMES, f"Which frames are wrong?{of}", console)
     if "separation_by_error" in numbers:
         mean, largest = (_cell(s, ".2f") for s in numbers["separation_by_error"].values())
         console.print(
@@ -200,12 +200,13 @@ def _table(title: str, *columns: str) -> Any:
     made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     made.add_column(columns[0], no_wrap=True)
     for column in columns[1:]:
-        made.add_column(column, justify="right", no_wrap=True)
+        made.add_column(column, justify="right")
     return made
 
 
 def _cell(s: Mapping[str, float], form: str = ".3g") -> str:
-    return f"{s['value']:{form}} ±{(s['high'] - s['low']) / 2:{form}}"
+    # held together by a space that does not break: headings may
+    return f"{s['value']:{form}}\u00a0±{(s['high'] - s['low']) / 2:{form}}"
 
 
 def _print_errors(numbers: Mapping[str, Any], console: Any) -> None:
@@ -246,7 +247,7 @@ def _print_calibration(numbers: Mapping[str, Any], console: Any) -> None:
     for field in (n for n in sizes if n not in constants):
         made = _table(f"Is the size of {field} right?", "")
         for name in sets:
-            made.add_column(name, justify="right", no_wrap=True)
+            made.add_column(name, justify="right")
         for constant in constants:
             made.add_column(f"({constant})", justify="right", style="dim")
         made.add_column("meaning", style="dim")
@@ -282,6 +283,8 @@ def _print_scores(
     numbers: Mapping[str, Any], kinds: tuple[str, ...], title: str, console: Any
 ) -> None:
     """Signals by kinds of scores, what each kind means, and the lead over the best control."""
+    from rich.table import Table
+
     columns = {kind: s for kind, s in _scores(numbers).items() if kind in kinds}
     if not columns:
         return
@@ -293,20 +296,22 @@ def _print_scores(
         table.add_row(
             f"{name} (control)" if control else name,
             *(
-                ("[bold green]▸ " if best[kind] == name else "  ") + _cell(scores[name], ".2f")
+                ("[bold green]▸\u00a0" if best[kind] == name else "\u00a0\u00a0")
+                + _cell(scores[name], ".2f")
                 for kind, scores in columns.items()
             ),
             style="dim" if control else "",
             end_section=not control and following in numbers["controls"],
         )
     console.print(table)
-    width = max(map(len, map(_title, columns)))
+    notes = Table.grid(padding=(0, 2, 0, 0))
     for kind, scores in columns.items():
         lead = ""
         if best[kind] is not None:
             over = _cell(scores[best[kind]]["over_best_control"], "+.2f").replace("±+", "±")
-            lead = f"; {best[kind]} leads the best control by {over}"
-        console.print(f"  [bold]{_title(kind):{width}}[/]  {MEANINGS[kind]}{lead}")
+            lead = f"{best[kind]} leads the best control by {over}"
+        notes.add_row("", f"[bold]{_title(kind)}[/]", f"[dim]{MEANINGS[kind]}[/]", lead)
+    console.print(notes)
     console.print()
 
 
