@@ -33,11 +33,10 @@ class SingularReadout(Readout):
         self.register_buffer("v", vh.T.contiguous())
         self.singular_values = nn.Parameter(s * torch.exp(SPREAD * torch.randn_like(s)))
 
-    def forward(self, scalars: Tensor, species: Tensor) -> Tensor:
-        """See Readout.forward."""
+    def activations(self, scalars: Tensor) -> Tensor:
+        """See Readout.activations."""
         hidden = torch.matmul(torch.matmul(scalars, self.v) * self.singular_values, self.u.T)
-        hidden = torch.nn.functional.silu(hidden + self.bias)
-        return self.linear(scalars) + self.out(hidden) + self.element_bias(species)
+        return torch.nn.functional.silu(hidden + self.bias)
 
 
 class CommitteeEnergy(EnergyHead):
@@ -179,18 +178,23 @@ class CommitteeEnergy(EnergyHead):
     @torch.jit.unused
     @torch.no_grad()
     def fit(self, seen: Atoms, held: Atoms) -> dict[str, Any]:
-        """The gauge from training atoms, the factor from the total energies of validation frames.
-
-        Returns:
-            Predicted / true root mean square error of the total energy before the factor.
-        """
+        """The gauge from training atoms; then `calibrate`."""
         self.centers.zero_()
-        self.factor.fill_(1.0)
         deviations = self.deviations(seen.energy, seen.species)
         for element in range(len(self.centers)):
             rows = seen.species == element
             if rows.any():
                 self.centers[element] = deviations[rows].mean(0)
+        return self.calibrate(held)
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def calibrate(self, held: Atoms) -> dict[str, Any]:
+        """The factor from the errors of the total energies of validation frames.
+
+        Returns:
+            Predicted / true root mean square error of the total energy before the factor.
+        """
         deviations = self.deviations(held.energy, held.species)
         totals = deviations.new_zeros((held.num_frames, deviations.shape[1]))
         totals = totals.index_add(0, held.frame, deviations)

@@ -26,7 +26,7 @@ PENALTIES = (1e6, 1.0, 1e-1, 1e-2)
 NOISE = 0.2
 
 
-def spd_exponential(g: Tensor) -> Tensor:
+def _exponential(g: Tensor) -> Tensor:
     """exp(G) of traceless symmetric matrices (n, 3, 3) with |G| <= 1, exact to rounding.
 
     The power series by Horner's rule, its terms kept as a + b G + c G^2 by Cayley and Hamilton's
@@ -108,7 +108,7 @@ class ForceDistribution(nn.Module):
         g = torch.einsum("mi,mab->iab", t, self.cartesian)
         # bounded, so that no feature far from the data can make the ellipsoid a needle
         norm = g.pow(2).sum((1, 2), keepdim=True)
-        shape = spd_exponential(g / (1.0 + norm).sqrt())
+        shape = _exponential(g / (1.0 + norm).sqrt())
         return ForceScales(self.delta - 0.5 * relative.pow(2), shape)
 
     def std(self, force: ForceScales, factor: Tensor) -> Tensor:
