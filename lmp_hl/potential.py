@@ -22,7 +22,7 @@ class Potential(nn.Module):
         num_elements: number of species indices.
         cutoff: Å.
         num_layers: 1 local, more message passing.
-        head: "hlgauss", "committee" or "scalar".
+        head: "hlgauss", "committee", "svd_committee" or "scalar".
         channels, l_max, num_radial, num_scalars: see Backbone.
         num_bins, sigma, target: of the energy histogram; sigma in bin widths.
         num_members: heads of a committee.
@@ -58,14 +58,16 @@ class Potential(nn.Module):
         energy_head: EnergyHead
         if head == "hlgauss":
             energy_head = HistogramEnergy(num_scalars, num_elements, num_bins, sigma, target)
-        elif head == "committee":
+        elif head in ("committee", "svd_committee"):
+            singular = head == "svd_committee"
             energy_head = CommitteeEnergy(
-                num_members, num_scalars, num_elements, num_bins, sigma, target
+                num_members, num_scalars, num_elements, num_bins, sigma, target, singular
             )
         elif head == "scalar":
             energy_head = ScalarEnergy(num_scalars, num_elements)
         else:
-            raise ValueError(f"model.head must be 'hlgauss', 'committee' or 'scalar', got {head!r}")
+            known = "'hlgauss', 'committee', 'svd_committee' or 'scalar'"
+            raise ValueError(f"model.head must be {known}, got {head!r}")
         self.energy_head = energy_head
         sizes = uncertainty.Sizes(num_scalars, channels, l_max, num_elements)
         self.methods = uncertainty.make_methods(methods, sizes)

@@ -98,10 +98,7 @@ def test_presets_know_their_layers(tmp_path):
             r"model.channels must be a whole number, got True \(true/false\)",
         ),
         ("model: {num_layers: x}", r"model.num_layers must be a whole number or null, got 'x'"),
-        (
-            "model: {head: hl-gauss}",
-            r"model.head must be 'hlgauss' or .*, got 'hl-gauss'",
-        ),
+        ("model: {head: hl-gauss}", r"model.head must be 'hlgauss' or .*'scalar', got 'hl-gauss'"),
         ("model: 3", r"model must be a mapping with the keys preset, .*, got 3 \(whole number\)"),
         ("model: {cutoff: -5.0}", r"model.cutoff must be > 0 Å, got -5.0"),
         ("model: {l_max: 1}", r"model.l_max must be 2 or 3, got 1"),

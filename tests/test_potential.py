@@ -432,7 +432,7 @@ def test_unknown_architecture_is_refused():
     arguments = dict(num_elements=1, cutoff=4.0, channels=2, num_radial=2, num_scalars=2)
     with pytest.raises(ValueError, match="l_max must be at least 2"):
         Potential(**arguments, num_layers=1, head="scalar", l_max=1, num_bins=8, sigma=0.75)
-    with pytest.raises(ValueError, match="'committee' or 'scalar', got 'mlp'"):
+    with pytest.raises(ValueError, match="'svd_committee' or 'scalar', got 'mlp'"):
         Potential(**arguments, num_layers=1, head="mlp", l_max=2, num_bins=8, sigma=0.75)
     with pytest.raises(ValueError, match="l_max must be 1, 2 or 3"):
         Backbone(**arguments, num_layers=1, l_max=4)

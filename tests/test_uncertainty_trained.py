@@ -15,7 +15,7 @@ from test_training import configure, last_state, numbers, quick_calibration
 from lmp_hl import keys, model_file
 from lmp_hl.export import export_potential
 from lmp_hl.nn.backbone import Features
-from lmp_hl.nn.heads import AtomicEnergy
+from lmp_hl.nn.heads import AtomicEnergy, Readout
 from lmp_hl.training import energy_targets, losses
 from lmp_hl.training import frames as fr
 from lmp_hl.training import train as train_module
@@ -33,6 +33,7 @@ CASES = {
     "mean_variance": ("scalar", ("mean_variance",)),
     "evidential": ("hlgauss", ("scales", "evidential")),
     "committee": ("committee", ()),
+    "svd_committee": ("svd_committee", ()),
 }
 
 
@@ -82,7 +83,7 @@ def test_fields_do_not_change_when_the_structure_is_turned(name, preset, structu
         after = evaluate(potential, turned)
         for field in potential.field_names():
             np.testing.assert_allclose(after[field], before[field], rtol=1e-9, atol=1e-12)
-    own = [f for f in potential.field_names() if f.startswith(name)]
+    own = [f for f in potential.field_names() if f.startswith(name.removeprefix("svd_"))]
     assert len(own) >= 2
     for field in own:
         assert before[field].shape == (9,) and np.isfinite(before[field]).all()
@@ -91,7 +92,7 @@ def test_fields_do_not_change_when_the_structure_is_turned(name, preset, structu
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("mean_variance", "float32"), ("evidential", "float64"), ("committee", "float32")],
+    [("mean_variance", "float32"), ("evidential", "float64"), ("svd_committee", "float64")],
 )
 def test_exported_equals_eager_and_takes_no_atoms(name, dtype, structure_factory, tmp_path):
     potential = potential_of(name, "mp", dtype)
@@ -276,7 +277,7 @@ def test_much_evidence_is_a_gaussian_and_little_is_all_epistemic():
         gaussian = multivariate_normal(np.zeros(3), found.aleatoric[i].detach())
         assert float(got[i]) == pytest.approx(gaussian.logpdf(atoms.errors[i]), rel=1e-6)
     with torch.no_grad():
-        method.readout.element_bias.weight[:, 1] = -1e3  # at its bound
+        method.log_sizes.element_bias.weight[:, 1] = -1e3  # at its bound
     fields = method(atoms.features, atoms.energy, atoms.species)
     total, aleatoric, epistemic = (fields[name].detach() for name in Evidential.FIELDS)
     assert (epistemic > 3 * aleatoric).all() and torch.isfinite(total).all()
@@ -415,6 +416,33 @@ def labelled_graphs(potential, structure_factory):
     return graphs
 
 
+def test_members_of_a_singular_value_ensemble_share_all_but_their_singular_values():
+    torch.manual_seed(0)
+    head = CommitteeEnergy(3, 6, 2, 32, 0.75, singular=True)
+    readouts = [part.anchor for part in head.parts()]
+    first = readouts[0]
+    scalars, species = torch.randn(5, 6), torch.tensor([0, 1, 0, 1, 1])
+    seen = []
+    for readout in readouts:
+        for name in ("linear", "out", "element_bias", "bias"):
+            assert getattr(readout, name) is getattr(first, name)
+        weight = readout.u @ torch.diag(readout.singular_values) @ readout.v.T
+        found = torch.linalg.svdvals(weight.detach())
+        values = readout.singular_values.detach().abs().sort(descending=True).values
+        torch.testing.assert_close(found, values)
+        seen.append(found)
+        # the same readout with that matrix as its hidden layer
+        plain = Readout(6, 2, 1)
+        plain.linear, plain.out, plain.element_bias = first.linear, first.out, first.element_bias
+        plain.hidden.weight, plain.hidden.bias = torch.nn.Parameter(weight), first.bias
+        torch.testing.assert_close(readout(scalars, species), plain(scalars, species))
+    assert float((seen[0] - seen[1]).abs().max()) > 0.05
+    num_own = sum(p.numel() for p in readouts[1].parameters()) - sum(
+        p.numel() for m in (first.linear, first.out, first.element_bias) for p in m.parameters()
+    )
+    assert num_own == 6 + first.bias.numel()  # singular values; the bias is shared too
+
+
 def test_forces_of_every_member_are_trained_in_turn(structure_factory):
     potential = potential_of("committee")
     head = potential.energy_head
@@ -495,7 +523,14 @@ METHODS = {
     "mean_variance": {"head": "scalar", "uncertainty": ["mean_variance"]},
     "evidential": {"uncertainty": ["evidential"], "dtype": "float32"},
 }
-MODELS = {**METHODS, "committee": {"head": "committee", "num_members": 3, "uncertainty": []}}
+MODELS = {
+    **METHODS,
+    "committee": {"head": "committee", "num_members": 3, "uncertainty": []},
+    "svd_committee": {"head": "svd_committee", "num_members": 2, "uncertainty": []},
+}
+
+
+LEARNED = {"mean_variance": lambda m: m.log_std.out, "evidential": lambda m: m.log_sizes.out}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -516,15 +551,21 @@ def test_run_trains_and_calibrates(finished, tmp_path):
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[-1]["valid_forces_rmse"] < rows[0]["valid_forces_rmse"]
     potential, elements, card = load_checkpoint(checkpoint)
-    method = potential.energy_head if name == "committee" else potential.methods[name]
-    learned = method.heads[1].delta if name == "committee" else method.readout.out
+    is_head = name.endswith("committee")
+    method = potential.energy_head if is_head else potential.methods[name]
+    learned = method.heads[1].delta if is_head else LEARNED[name](method)
     assert float(learned.weight.detach().abs().max()) > 0
-    raw = [value for key, value in card["calibration"].items() if key.startswith(f"{name}_raw")]
+    prefix = name.removeprefix("svd_")
+    raw = [value for key, value in card["calibration"].items() if key.startswith(f"{prefix}_raw")]
     assert raw and all(0.01 < value < 100 for value in raw)
     np.testing.assert_allclose(method.factor.min(), 1 / max(raw), rtol=1e-5)
     assert set(potential.field_names()) == set(card["calibration"]["ranking"])
     path = export_potential(potential, elements, card, tmp_path / "hl.pt")
-    assert name in model_file.describe(path)
+    assert prefix in model_file.describe(path)
+    if is_head:  # the members have parted
+        first, second = (head.anchor for head in method.parts()[:2])
+        for a, b in zip(first.parameters(), second.parameters(), strict=True):
+            assert a is b or not torch.equal(a, b)
 
 
 def test_resumed_run_equals_the_uninterrupted_one(finished, tmp_path, monkeypatch):
@@ -560,7 +601,8 @@ def test_in_the_warm_up_only_the_method_feels_its_loss(name, tmp_path, monkeypat
         states.append(last_state(config)["state_dict"])
     for key, value in states[1].items():
         assert torch.equal(states[0][key], value), key
-    assert float(states[0][f"potential.methods.{name}.readout.out.weight"].abs().max()) > 0
+    weights = [v for k, v in states[0].items() if k.startswith("potential.methods.") and "out" in k]
+    assert float(weights[0].abs().max()) > 0
 
 
 def test_likelihoods_that_exclude_each_other_are_refused():

@@ -82,8 +82,9 @@ class ModelConfig:
     preset: Literal["local", "mp"] = "local"
     """"local": an atom's energy depends on what is within the cutoff; "mp": message passing."""
 
-    head: Literal["hlgauss", "committee", "scalar"] = "hlgauss"
-    """Per-atom energy as a histogram, as the mean of several, or as one number (the control)."""
+    head: Literal["hlgauss", "committee", "svd_committee", "scalar"] = "hlgauss"
+    """Per-atom energy as a histogram, as the mean of several (with weights of their own, or but for
+    singular values shared), or as one number (the control)."""
 
     num_members: int = 4
     """Heads of a committee."""

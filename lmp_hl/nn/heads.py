@@ -38,9 +38,13 @@ class Readout(nn.Module):
         self.element_bias = nn.Embedding(num_elements, num_out)
         nn.init.zeros_(self.element_bias.weight)
 
+    def activations(self, scalars: Tensor) -> Tensor:
+        """Of the hidden layer, (num_atoms, num_scalars) -> same shape."""
+        return torch.nn.functional.silu(self.hidden(scalars))
+
     def forward(self, scalars: Tensor, species: Tensor) -> Tensor:
         """(num_atoms, num_scalars), (num_atoms,) -> (num_atoms, num_out)."""
-        hidden = torch.nn.functional.silu(self.hidden(scalars))
+        hidden = self.activations(scalars)
         return self.linear(scalars) + self.out(hidden) + self.element_bias(species)
 
 

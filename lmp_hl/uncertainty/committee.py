@@ -6,8 +6,37 @@ import torch
 from torch import Tensor, nn
 
 from .. import histogram, keys
-from ..nn.heads import AtomicEnergy, EnergyHead, HistogramEnergy
+from ..nn.heads import AtomicEnergy, EnergyHead, HistogramEnergy, Readout
 from .base import Atoms
+
+SPREAD = 0.5  # of the logarithms of the members' first singular values
+
+
+class SingularReadout(Readout):
+    """A member of a singular-value ensemble: a readout that shares all but its singular values.
+
+    The hidden layer's weights are U diag(s) V^T. U and V are the singular vectors that the first
+    readout started with and stay as they are; s are the member's own, and the other layers are
+    shared. After arXiv 2601.22068, which takes the vectors from a pretrained network; here the
+    network is trained together with the members.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, shared: Readout) -> None:
+        nn.Module.__init__(self)
+        self.linear, self.out, self.element_bias = shared.linear, shared.out, shared.element_bias
+        self.bias = shared.hidden.bias
+        u, s, vh = torch.linalg.svd(shared.hidden.weight.detach())
+        self.register_buffer("u", u)
+        self.register_buffer("v", vh.T.contiguous())
+        self.singular_values = nn.Parameter(s * torch.exp(SPREAD * torch.randn_like(s)))
+
+    def activations(self, scalars: Tensor) -> Tensor:
+        """See Readout.activations."""
+        hidden = torch.matmul(torch.matmul(scalars, self.v) * self.singular_values, self.u.T)
+        return torch.nn.functional.silu(hidden + self.bias)
 
 
 class CommitteeEnergy(EnergyHead):
@@ -31,6 +60,8 @@ class CommitteeEnergy(EnergyHead):
     members, and disagreement d well below the kernel's width s hardly shows in it, 1/2 ln(1 + d^2 /
     s^2); the standard deviation has neither limit. Atoms of a frame disagree coherently, so its
     square does not add up over atoms; its one factor is that of the frames' total energies.
+
+    With `singular` the members' anchors are SingularReadouts: a cheaper, less diverse committee.
     """
 
     FIELDS = (
@@ -52,6 +83,7 @@ class CommitteeEnergy(EnergyHead):
         num_bins: int,
         sigma: float,
         target: str = "hlgauss",
+        singular: bool = False,
     ) -> None:
         super().__init__()
         if num_members < 2:
@@ -60,6 +92,10 @@ class CommitteeEnergy(EnergyHead):
             HistogramEnergy(num_scalars, num_elements, num_bins, sigma, target)
             for _ in range(num_members)
         )
+        if singular:
+            shared = self.parts()[0].anchor
+            for head in self.parts():
+                head.anchor = SingularReadout(shared)
         self.num_bins = num_bins
         self.register_buffer("centers", torch.zeros(num_elements, num_members))  # eV
         self.register_buffer("factor", torch.ones(()))
@@ -142,18 +178,23 @@ class CommitteeEnergy(EnergyHead):
     @torch.jit.unused
     @torch.no_grad()
     def fit(self, seen: Atoms, held: Atoms) -> dict[str, Any]:
-        """The gauge from training atoms, the factor from the total energies of validation frames.
-
-        Returns:
-            Predicted / true root mean square error of the total energy before the factor.
-        """
+        """The gauge from training atoms; then `calibrate`."""
         self.centers.zero_()
-        self.factor.fill_(1.0)
         deviations = self.deviations(seen.energy, seen.species)
         for element in range(len(self.centers)):
             rows = seen.species == element
             if rows.any():
                 self.centers[element] = deviations[rows].mean(0)
+        return self.calibrate(held)
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def calibrate(self, held: Atoms) -> dict[str, Any]:
+        """The factor from the errors of the total energies of validation frames.
+
+        Returns:
+            Predicted / true root mean square error of the total energy before the factor.
+        """
         deviations = self.deviations(held.energy, held.species)
         totals = deviations.new_zeros((held.num_frames, deviations.shape[1]))
         totals = totals.index_add(0, held.frame, deviations)

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from .. import keys
 from ..nn.backbone import Features
-from ..nn.heads import AtomicEnergy, Readout
+from ..nn.heads import AtomicEnergy
 from .base import Atoms, Loss, Method, Sizes
 from .scales import spd_exponential
+from .sizes import LogSizes
 
-# typical force component, eV/Å, and evidence; a factor of 100 either way is allowed
-TYPICAL = (0.1, 10.0)
-REACH = math.log(100.0)
+TYPICAL = (0.1, 10.0)  # force component, eV/Å, and evidence
 PENALTY = 0.01
 
 
@@ -64,27 +63,20 @@ class Evidential(Method):
     )
     trained = True
 
-    typical: Tensor
     cartesian: Tensor
     factor: Tensor
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.readout = Readout(sizes.num_scalars, sizes.num_elements, 2)
-        for layer in (self.readout.linear, self.readout.out):  # all atoms alike at the start
-            torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.zeros_(self.readout.linear.bias)
+        self.log_sizes = LogSizes(sizes, TYPICAL)
         self.shape_weight = torch.nn.Parameter(torch.zeros(sizes.channels))
-        self.reach = REACH
-        self.register_buffer("typical", torch.tensor(TYPICAL).log())
         cartesian = o3.wigner_3j(1, 1, 2, dtype=torch.float64) * math.sqrt(5.0)
         self.register_buffer("cartesian", cartesian.permute(2, 0, 1).to(torch.get_default_dtype()))
         self.register_buffer("factor", torch.ones(()))
 
     def evidence(self, features: Features, species: Tensor) -> Evidence:
         """Features of the atoms -> E[S] and what it is made of, and e; before `fit`."""
-        free = self.readout(features.scalars, species)
-        logs = self.typical + self.reach * torch.tanh(free / self.reach)
+        logs = self.log_sizes(features, species)
         log_std = logs[:, 0]
         t = torch.matmul(features.tensors[4:9], self.shape_weight)
         g = torch.einsum("mi,mab->iab", t, self.cartesian)
@@ -125,8 +117,12 @@ class Evidential(Method):
         wrong = _mahalanobis(found, atoms.errors).detach() / 3.0
         return Loss(None, (2.0 / 3.0) * scale * (nll + PENALTY * found.evidence * wrong).mean())
 
-    @torch.no_grad()
     def fit(self, seen: Atoms, held: Atoms) -> dict[str, Any]:
+        """See `calibrate`; the training frames have been learnt from already."""
+        return self.calibrate(held)
+
+    @torch.no_grad()
+    def calibrate(self, held: Atoms) -> dict[str, Any]:
         """One factor on all three: the size of the validation frames' force errors.
 
         Returns:

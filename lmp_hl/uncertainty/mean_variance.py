@@ -1,6 +1,5 @@
 """Mean-variance estimation: the network predicts the size of its own energy and force errors."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,12 +7,11 @@ from torch import Tensor
 
 from .. import keys
 from ..nn.backbone import Features
-from ..nn.heads import AtomicEnergy, Readout
+from ..nn.heads import AtomicEnergy
 from .base import Atoms, Loss, Method, Sizes
+from .sizes import LogSizes
 
-# typical force component, eV/Å, and atomic energy, eV; a factor of 100 either way is allowed
-TYPICAL = (0.1, 0.01)
-REACH = math.log(100.0)
+TYPICAL = (0.1, 0.01)  # force component, eV/Å, and atomic energy, eV
 
 
 class MeanVariance(Method):
@@ -38,23 +36,12 @@ class MeanVariance(Method):
     FIELDS = (keys.MEAN_VARIANCE_FORCE_STD, keys.MEAN_VARIANCE_ENERGY_STD)
     trained = True
 
-    typical: Tensor
     factor: Tensor
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.readout = Readout(sizes.num_scalars, sizes.num_elements, 2)
-        for layer in (self.readout.linear, self.readout.out):  # all atoms alike at the start
-            torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.zeros_(self.readout.linear.bias)
-        self.reach = REACH
-        self.register_buffer("typical", torch.tensor(TYPICAL).log())
+        self.log_std = LogSizes(sizes, TYPICAL)  # of s_i, eV/Å, and of sqrt(v_i), eV, before `fit`
         self.register_buffer("factor", torch.ones(2))
-
-    def log_std(self, features: Features, species: Tensor) -> Tensor:
-        """(num_atoms, 2): logs of sqrt(s_i^2), eV/Å, and of sqrt(v_i), eV, before `fit`."""
-        free = self.readout(features.scalars, species)
-        return self.typical + self.reach * torch.tanh(free / self.reach)
 
     def forward(
         self, features: Features, energy: AtomicEnergy, species: Tensor
@@ -78,8 +65,12 @@ class MeanVariance(Method):
             _scaled_nll(variance[:, 0], atoms.errors.double().square().mean(1)),
         )
 
-    @torch.no_grad()
     def fit(self, seen: Atoms, held: Atoms) -> dict[str, Any]:
+        """See `calibrate`; the training frames have been learnt from already."""
+        return self.calibrate(held)
+
+    @torch.no_grad()
+    def calibrate(self, held: Atoms) -> dict[str, Any]:
         """One factor each on force and energy standard deviations: the validation errors' size.
 
         Returns:
