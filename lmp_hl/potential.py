@@ -67,7 +67,8 @@ class Potential(nn.Module):
         else:
             raise ValueError(f"model.head must be 'hlgauss', 'committee' or 'scalar', got {head!r}")
         self.energy_head = energy_head
-        sizes = uncertainty.Sizes(num_scalars, channels, l_max, num_elements)
+        bins = num_bins if head == "hlgauss" else 0
+        sizes = uncertainty.Sizes(num_scalars, channels, l_max, num_elements, bins)
         self.methods = uncertainty.make_methods(methods, sizes)
         self.register_buffer("reference_energies", torch.zeros(num_elements, dtype=torch.float64))
 

@@ -83,7 +83,8 @@ class Evidential(Method):
 
     def evidence(self, features: Features, species: Tensor) -> Evidence:
         """Features of the atoms -> E[S] and what it is made of, and e; before `fit`."""
-        free = self.readout(features.scalars, species)
+        hidden = self.readout.activations(features.scalars)
+        free = self.readout(features.scalars, hidden, species)
         logs = self.typical + self.reach * torch.tanh(free / self.reach)
         log_std = logs[:, 0]
         t = torch.matmul(features.tensors[4:9], self.shape_weight)

@@ -53,7 +53,8 @@ class MeanVariance(Method):
 
     def log_std(self, features: Features, species: Tensor) -> Tensor:
         """(num_atoms, 2): logs of sqrt(s_i^2), eV/Å, and of sqrt(v_i), eV, before `fit`."""
-        free = self.readout(features.scalars, species)
+        hidden = self.readout.activations(features.scalars)
+        free = self.readout(features.scalars, hidden, species)
         return self.typical + self.reach * torch.tanh(free / self.reach)
 
     def forward(
