@@ -62,6 +62,11 @@ COMMITTEE_ENTROPY: Final = "committee_entropy"  # (num_owned,) nats, of the mean
 ALEATORIC_ENTROPY: Final = "aleatoric_entropy"  # (num_owned,) nats, mean of the heads' entropies
 MUTUAL_INFORMATION: Final = "mutual_information"  # (num_owned,) nats, the difference of the two
 COMMITTEE_ENERGY_STD: Final = "committee_energy_std"  # (num_owned,) eV, over the heads
+LATENT_NLL: Final = "latent_nll"  # (num_owned,) nats, -log density of features - validation median
+DENSITY_FORCE_STD: Final = "density_force_std"  # (num_owned,) eV/Å, from latent_nll
+EXTRAPOLATION_GRADE: Final = "extrapolation_grade"  # (num_owned,) D-optimality grade, 1 at the edge
+LLPR_ENERGY_STD: Final = "llpr_energy_std"  # (num_owned,) eV, error of the atom's energy
+LLPR_FORCE_STD: Final = "llpr_force_std"  # (num_owned,) eV/Å, from the rigidity of the last layer
 
 FIELD_UNITS: Final = {
     ENERGY: "eV",
@@ -83,4 +88,9 @@ FIELD_UNITS: Final = {
     ALEATORIC_ENTROPY: "nat",
     MUTUAL_INFORMATION: "nat",
     COMMITTEE_ENERGY_STD: "eV",
+    LATENT_NLL: "nat",
+    DENSITY_FORCE_STD: "eV/Angstrom",
+    EXTRAPOLATION_GRADE: "1",
+    LLPR_ENERGY_STD: "eV",
+    LLPR_FORCE_STD: "eV/Angstrom",
 }

@@ -69,7 +69,8 @@ class Potential(nn.Module):
             known = "'hlgauss', 'committee', 'svd_committee' or 'scalar'"
             raise ValueError(f"model.head must be {known}, got {head!r}")
         self.energy_head = energy_head
-        sizes = uncertainty.Sizes(num_scalars, channels, l_max, num_elements)
+        bins = num_bins if head == "hlgauss" else 0
+        sizes = uncertainty.Sizes(num_scalars, channels, l_max, num_elements, bins)
         self.methods = uncertainty.make_methods(methods, sizes)
         self.register_buffer("reference_energies", torch.zeros(num_elements, dtype=torch.float64))
 

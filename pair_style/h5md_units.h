@@ -64,11 +64,13 @@ inline int nearest_element(double mass)
 inline std::string unit_of(const std::string &name, const Units &units)
 {
   if (!units.length[0]) return "";
-  if (name == "entropy" || name == "excess_entropy" || name == "force_entropy") return "nat";
-  if (name == "distance") return "1";
-  if (name == "energy" || name == "energy_std" || name == "pe/atom" || name == "ke/atom")
+  // a field of a method is named after what it is: llpr_energy_std, density_force_std
+  const auto ends = [&](const char *what) { return name.ends_with(what); };
+  if (ends("entropy") || ends("nll")) return "nat";
+  if (ends("distance") || ends("grade")) return "1";
+  if (name == "energy" || ends("energy_std") || name == "pe/atom" || name == "ke/atom")
     return units.energy;
-  if (name == "force_std") return units.lammps_force[0] ? units.lammps_force : units.force;
+  if (ends("force_std")) return units.lammps_force[0] ? units.lammps_force : units.force;
   return "";
 }
 

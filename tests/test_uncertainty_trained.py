@@ -52,7 +52,9 @@ def random_atoms(num_atoms=40, num_frames=4, seed=0):
     nothing = torch.zeros(num_atoms, dtype=torch.float64)
     return Atoms(
         Features(normal(num_atoms, 6), normal(9, num_atoms, 3)),
-        AtomicEnergy(nothing, nothing, nothing.reshape(-1, 1)[:, :0], nothing[:0]),
+        AtomicEnergy(
+            nothing, nothing, nothing.reshape(-1, 1)[:, :0], nothing[:0], normal(num_atoms, 6)
+        ),
         torch.arange(num_atoms) % 2,
         torch.arange(num_atoms) * num_frames // num_atoms,
         0.1 * normal(num_atoms, 3),

@@ -148,6 +148,9 @@ class ModelConfig:
         if "mean_variance" in trained:
             wanted = "scalar with uncertainty mean_variance (its likelihood is the energy's loss)"
             _require(self.head == "scalar", "model.head", wanted, self.head)
+        if "llpr" in self.uncertainty:
+            wanted = "hlgauss or scalar with uncertainty llpr (a committee has no one last layer)"
+            _require(self.head != "committee", "model.head", wanted, self.head)
         if self.preset == "local":
             wanted = "1 or null (preset local is strictly local; use preset: mp)"
             _require(self.num_layers in (None, 1), "model.num_layers", wanted, self.num_layers)

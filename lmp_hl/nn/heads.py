@@ -16,15 +16,17 @@ class AtomicEnergy(NamedTuple):
     energy: (num_atoms,) eV, the histogram's expectation;
     anchor: (num_atoms,) eV, where the histogram stands;
     logits: (num_atoms, num_bins) of bins at anchor + offsets; (num_atoms, 0) for a scalar head;
-    tau2: (num_atoms,) eV², curvature of the logits around the anchor; (0,) for a scalar head.
+    tau2: (num_atoms,) eV², curvature of the logits around the anchor; (0,) for a scalar head;
+    hidden: (num_atoms, num_scalars) activations that, beside the scalars, the last layer weights.
 
-    A committee's anchor, logits and tau2 have a dimension of members after that of atoms.
+    A committee's anchor, logits, tau2 and hidden have a dimension of members after that of atoms.
     """
 
     energy: Tensor
     anchor: Tensor
     logits: Tensor
     tau2: Tensor
+    hidden: Tensor
 
 
 class Readout(nn.Module):
@@ -42,9 +44,8 @@ class Readout(nn.Module):
         """Of the hidden layer, (num_atoms, num_scalars) -> same shape."""
         return torch.nn.functional.silu(self.hidden(scalars))
 
-    def forward(self, scalars: Tensor, species: Tensor) -> Tensor:
-        """(num_atoms, num_scalars), (num_atoms,) -> (num_atoms, num_out)."""
-        hidden = self.activations(scalars)
+    def forward(self, scalars: Tensor, hidden: Tensor, species: Tensor) -> Tensor:
+        """Scalars, their activations and (num_atoms,) species -> (num_atoms, num_out)."""
         return self.linear(scalars) + self.out(hidden) + self.element_bias(species)
 
 
@@ -76,9 +77,10 @@ class ScalarEnergy(EnergyHead):
 
     def forward(self, scalars: Tensor, species: Tensor) -> AtomicEnergy:
         """Features of the atoms -> their energies."""
-        energy = self.scale * self.anchor(scalars, species).squeeze(1)
+        hidden = self.anchor.activations(scalars)
+        energy = self.scale * self.anchor(scalars, hidden, species).squeeze(1)
         none = energy.new_zeros(0)
-        return AtomicEnergy(energy, energy, energy.new_zeros((energy.shape[0], 0)), none)
+        return AtomicEnergy(energy, energy, energy.new_zeros((energy.shape[0], 0)), none, hidden)
 
     def fields(self, energy: AtomicEnergy, species: Tensor) -> dict[str, Tensor]:
         """A number says nothing about itself."""
@@ -164,7 +166,8 @@ class HistogramEnergy(EnergyHead):
 
     def forward(self, scalars: Tensor, species: Tensor) -> AtomicEnergy:
         """Features of the atoms -> histograms and their expectations."""
-        anchor = self.scale * self.anchor(scalars, species).squeeze(1)
+        hidden = self.anchor.activations(scalars)
+        anchor = self.scale * self.anchor(scalars, hidden, species).squeeze(1)
         width = self.bin_width.to(anchor.dtype)
         # The bins stand at the anchor's present value; only the logits' parabola moves with its
         # gradient, so that cross-entropy pulls the anchor towards the target as a squared error
@@ -177,7 +180,7 @@ class HistogramEnergy(EnergyHead):
         shape = self._shape(scalars)
         logits = shape - relative.pow(2) / (2.0 * tau2)
         energy = self._expected(anchor, shape, tau2)
-        return AtomicEnergy(energy, anchor, logits, tau2.squeeze(1) * width.square())
+        return AtomicEnergy(energy, anchor, logits, tau2.squeeze(1) * width.square(), hidden)
 
     def _shape(self, scalars: Tensor) -> Tensor:
         # bounded: far from the data a free delta singles out one bin, and entropy says "certain"

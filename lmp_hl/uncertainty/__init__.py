@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from .base import Atoms, Loss, Method, Sizes
+from .density import LatentDensity
 from .evidential import Evidential
+from .grade import ExtrapolationGrade
+from .llpr import LastLayerRigidity
 from .mean_variance import MeanVariance
 from .scales import Scales
 
@@ -19,6 +22,9 @@ METHODS: dict[str, type[Method]] = {
     "scales": Scales,
     "mean_variance": MeanVariance,
     "evidential": Evidential,
+    "density": LatentDensity,
+    "grade": ExtrapolationGrade,
+    "llpr": LastLayerRigidity,
 }
 DEFAULT = ("scales",)
 

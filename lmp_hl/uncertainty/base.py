@@ -9,12 +9,16 @@ from ..nn.heads import AtomicEnergy
 
 
 class Sizes(NamedTuple):
-    """Of the network a method reads: numbers of scalars, channels, degrees, elements."""
+    """Of the network a method reads: numbers of scalars, channels, degrees, elements, energy bins.
+
+    num_bins is 0 for a scalar energy head, or where no method looks at histograms.
+    """
 
     num_scalars: int
     channels: int
     l_max: int
     num_elements: int
+    num_bins: int = 0
 
     @property
     def num_invariants(self) -> int:
@@ -58,7 +62,9 @@ class Atoms(NamedTuple):
         features = Features(self.features.scalars[index], self.features.tensors[:, index])
         e = self.energy
         tau2 = e.tau2[index] if len(e.tau2) else e.tau2
-        energy = AtomicEnergy(e.energy[index], e.anchor[index], e.logits[index], tau2)
+        energy = AtomicEnergy(
+            e.energy[index], e.anchor[index], e.logits[index], tau2, e.hidden[index]
+        )
         return Atoms(
             features,
             energy,

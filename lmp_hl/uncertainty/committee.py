@@ -121,12 +121,13 @@ class CommitteeEnergy(EnergyHead):
         return out
 
     def combine(self, members: list[AtomicEnergy]) -> AtomicEnergy:
-        """The mean energy; anchor, logits and tau2 with a dimension of members after the first."""
+        """The mean energy; the rest with a dimension of members after the first."""
         return AtomicEnergy(
             torch.stack([member.energy for member in members], 1).mean(1),
             torch.stack([member.anchor for member in members], 1),
             torch.stack([member.logits for member in members], 1),
             torch.stack([member.tau2 for member in members], 1),
+            torch.stack([member.hidden for member in members], 1),
         )
 
     def forward(self, scalars: Tensor, species: Tensor) -> AtomicEnergy:
