@@ -142,7 +142,7 @@ def test_disagreement_can_be_differentiated_also_where_there_is_none(tmp_path):
     inputs = inputs_of(alone)
     inputs[keys.EDGE_VECTORS].requires_grad_(True)
     outputs = torch.jit.load(str(path))(inputs, True, True)
-    assert float(outputs[keys.ENSEMBLE_FORCE_STD][2]) == 0.0
+    assert float(outputs[keys.ENSEMBLE_FORCE_STD][2].detach()) == 0.0
     for field in (keys.ENSEMBLE_FORCE_STD, keys.ENSEMBLE_ENERGY_STD):
         (gradient,) = torch.autograd.grad(
             [outputs[field].sum()], [inputs[keys.EDGE_VECTORS]], retain_graph=True

@@ -269,12 +269,13 @@ def calibrate_ensemble(ensemble: Ensemble, held: fr.GraphDataset) -> dict[str, A
     ensemble.force_factor.copy_(factor)
     for z in element.unique():
         ensemble.energy_means[:, z] = energies[element == z].mean(0)
+    names = working.field_names() + working.node_field_names()
     return {
         "force_factor": float(factor),
         "frames": len(held),
         "atoms": len(element),
         "force_rmse": float(rmse),
-        "ranking": _rank(found, list(found), error),
+        "ranking": _rank(found, names, error),
     }
 
 
