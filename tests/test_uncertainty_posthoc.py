@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms as Structure
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
 from conftest import CUTOFF, ELEMENTS, make_card, make_potential, make_structure
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -18,7 +20,7 @@ from lmp_hl.graph import graph_inputs
 from lmp_hl.nn.backbone import Features
 from lmp_hl.nn.heads import invariants
 from lmp_hl.training import frames as fr
-from lmp_hl.training.calibrate import calibrate, collect_atoms
+from lmp_hl.training.calibrate import calibrate, collect_atoms, recalibrate
 from lmp_hl.training.config import ModelConfig
 from lmp_hl.uncertainty import Sizes, density, grade, llpr, make_methods, per_element
 
@@ -299,6 +301,30 @@ def test_calibrating_anew_changes_sizes_and_nothing_else(fitted):
     factors = (1.0, 3.0, 1.0, 5.0, 3.0)
     for name, factor in zip(FIELDS, factors, strict=True):
         torch.testing.assert_close(after[name], factor * before[name], rtol=1e-9, atol=1e-9)
+
+
+def test_model_file_is_calibrated_anew_to_other_frames(fitted, tmp_path):
+    potential = fitted[0]
+    path = export_potential(potential, ELEMENTS[:2], make_card(), tmp_path / "hl.pt")
+    frames = []
+    for graph_frame in dataset(5, seed=2).frames:
+        atoms = Structure(
+            graph_frame.numbers, graph_frame.positions, cell=graph_frame.cell, pbc=graph_frame.pbc
+        )
+        atoms.calc = SinglePointCalculator(
+            atoms, energy=graph_frame.energy, forces=graph_frame.forces
+        )
+        frames.append(atoms)
+    write(tmp_path / "other.xyz", frames)
+    said = recalibrate(path, tmp_path / "other.xyz", tmp_path / "new.pt")
+    assert set(FIELDS) <= set(said["ranking"]) and "llpr_alpha" in said
+    structure = make_structure(ELEMENTS[:2], 11, seed=3)
+    inputs = graph_inputs(structure, ELEMENTS[:2], CUTOFF, 1, "float64")
+    old, new = (model_file.load(p).evaluate(inputs) for p in (path, tmp_path / "new.pt"))
+    assert torch.equal(old[keys.EXTRAPOLATION_GRADE], new[keys.EXTRAPOLATION_GRADE])
+    ratio = new[keys.LLPR_ENERGY_STD] / old[keys.LLPR_ENERGY_STD]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, float(ratio[0])))
+    assert abs(float(ratio[0]) - 1.0) > 1e-3
 
 
 def test_error_scale_gives_the_mean_square_error_of_each_element_with_enough_atoms():

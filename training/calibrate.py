@@ -148,7 +148,8 @@ def recalibrate(
 def _copy(model: Model, backbone: Any, name: str, scripted: torch.jit.ScriptModule) -> Method:
     """A method of a model file as one that can be fitted, in float64."""
     l_max = math.isqrt(backbone.num_components) - 1
-    sizes = Sizes(backbone.num_scalars, backbone.channels, l_max, len(model.elements))
+    bins = model.card.get("histogram", {}).get("num_bins", 0)
+    sizes = Sizes(backbone.num_scalars, backbone.channels, l_max, len(model.elements), bins)
     found = scripted.state_dict()
     if name in METHODS:
         method = METHODS[name](sizes).double()
