@@ -215,7 +215,9 @@ def test_controls_train_by_configuration(tmp_path, monkeypatch, name):
     assert rows[-1]["valid_forces_rmse"] < rows[0]["valid_forces_rmse"]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     state = last_state(config)["state_dict"]
-    assert all(torch.isfinite(value).all() for value in state.values())
+    # what is fitted afterwards is still empty
+    trained = [value for key, value in state.items() if ".methods." not in key]
+    assert all(torch.isfinite(value).all() for value in trained)
     shape = state["potential.energy_head.delta.weight"].abs().max()
     assert float(shape) > 0
 
