@@ -171,21 +171,26 @@ class Network:
     fit_seconds: float  # of the processor
 
 
-def load_network(config: TrainConfig, methods: tuple[str, ...]) -> Network:
-    """The trained network with `methods` fitted anew; () leaves it as it was trained."""
+def unfitted(config: TrainConfig, methods: tuple[str, ...]) -> Eager:
+    """The trained network with new methods; those it was trained with may have changed since."""
     checkpoint = config.output_dir / "model.ckpt"
-    if not methods:
-        trained, elements, card = load_checkpoint(checkpoint)
-        return Network(config, Eager(trained, elements, config.model), card["calibration"], 0.0)
-    # only the network: the uncertainty it was trained with may have changed since
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    elements = content["elements"]
     settings = replace(config.model, uncertainty=methods)
-    potential = build_potential(settings, len(elements))
+    potential = build_potential(settings, len(content["elements"]))
     fresh = {k: v for k, v in potential.state_dict().items() if k.startswith("methods.")}
     network = {k: v for k, v in content["state"].items() if not k.startswith("methods.")}
     potential.load_state_dict({**network, **fresh})
     potential.methods.requires_grad_(False)
+    return Eager(potential, content["elements"], settings)
+
+
+def load_network(config: TrainConfig, methods: tuple[str, ...]) -> Network:
+    """The trained network with `methods` fitted anew; () leaves it as it was trained."""
+    if not methods:
+        trained, elements, card = load_checkpoint(config.output_dir / "model.ckpt")
+        return Network(config, Eager(trained, elements, config.model), card["calibration"], 0.0)
+    model = unfitted(config, methods)
+    settings = replace(config.model, uncertainty=methods)
     splits = fr.load_splits(config.data, config.seed)
     baseline = baseline_energies(splits)
     train_set, valid_set = (
@@ -195,9 +200,8 @@ def load_network(config: TrainConfig, methods: tuple[str, ...]) -> Network:
         for part in (splits.train, splits.valid)
     )
     start = time.process_time()
-    summary = calibrate(potential, train_set, valid_set)
-    seconds = time.process_time() - start
-    return Network(config, Eager(potential, elements, settings), summary, seconds)
+    summary = calibrate(model.potential, train_set, valid_set)
+    return Network(config, model, summary, time.process_time() - start)
 
 
 def predictions_of(network: Network) -> dict[str, Predictions]:
@@ -252,18 +256,18 @@ def ensemble(members: Sequence[dict[str, Predictions]]) -> dict[str, Predictions
     return out
 
 
-def inference_cost(networks: Sequence[Network], twin: Network) -> float:
+def inference_cost(models: Sequence[Eager], twin: Eager, config: TrainConfig) -> float:
     """Processor time of energies, forces and fields over that of the twin's energies and forces.
 
     Both are timed in turns on the same batch of frames, on one thread, without a compiler; the
     median ratio of the pairs. An ensemble evaluates every member, without fields.
     """
-    data, model = twin.config.data, twin.model
-    frames = fr.read_frames(next(iter(data.test.values())), data, "timing", model.elements)
-    baseline = dict.fromkeys(model.elements, 0.0)
+    path = next(iter(config.data.test.values()))
+    frames = fr.read_frames(path, config.data, "timing", twin.elements)
+    baseline = dict.fromkeys(twin.elements, 0.0)
     graphs, num_atoms = [], 0
     dataset = fr.GraphDataset(
-        frames, model.elements, baseline, model.cutoff, model.num_layers, model.dtype
+        frames, twin.elements, baseline, twin.cutoff, twin.num_layers, twin.dtype
     )
     for graph in dataset:
         graphs.append(graph)
@@ -272,15 +276,14 @@ def inference_cost(networks: Sequence[Network], twin: Network) -> float:
             break
     batch = fr.collate_graphs(graphs)
 
-    def seconds(chosen: Sequence[Network], with_fields: bool) -> float:
+    def seconds(chosen: Sequence[Eager], with_fields: bool) -> float:
         start = time.process_time()
-        for network in chosen:
-            network.model.potential(batch, with_fields)
+        for model in chosen:
+            model.potential(batch, with_fields)
         return time.process_time() - start
 
     ratios = [
-        seconds(networks, len(networks) == 1) / seconds([twin], False)
-        for _ in range(TIMED_REPEATS + 3)
+        seconds(models, len(models) == 1) / seconds([twin], False) for _ in range(TIMED_REPEATS + 3)
     ]
     return float(np.median(ratios[3:]))  # the first calls warm up
 
@@ -319,10 +322,12 @@ def score(row: Row, data: Path, out: Path, num_resamples: int) -> dict[str, Any]
     )
     try:
         twin_config = _trained((row.dataset, "scalar", row.seed), data, out)
-        twin = load_network(twin_config, ())
-        inference, twin_seconds = inference_cost(networks, twin), _cost(twin_config, out)
     except ValueError:  # not trained yet
         inference = twin_seconds = float("nan")
+    else:
+        models, twin = [n.model for n in networks], unfitted(twin_config, ())
+        inference = inference_cost(models, twin, twin_config)
+        twin_seconds = _cost(twin_config, out)
     config = configs[0]
     seconds = sum(_cost(c, out) for c in configs) + sum(n.fit_seconds for n in networks)
     return {
