@@ -194,7 +194,7 @@ def test_files_without_statistics_are_refused(tiny_model, data, tmp_path, capsys
 
 def test_a_compiled_file_is_refused_with_the_cure(compiled_models, data, tmp_path, capsys):
     path = tmp_path / "hl.pt2"
-    path.write_bytes(compiled_models["local"].read_bytes())
+    path.write_bytes(compiled_models["mp"].read_bytes())
     refused(path, data, "calibrate the hl.pt of the same checkpoint", capsys)
 
 

@@ -80,8 +80,10 @@ def test_model_and_trajectory_are_of_one_run(finished):
     with open_trajectory(out / "traj.h5md") as trajectory:
         assert trajectory.steps.tolist() == [0, STEPS]
         assert trajectory.num_atoms == 8 * CELLS**3
-        assert set(trajectory.fields) == {"entropy", "force_std", "force_entropy", "distance"}
-        for name in trajectory.fields:
+        sizes = {"entropy", "force_std", "force_entropy", "distance"}
+        assert set(trajectory.fields) == {*sizes, "extrapolating"}
+        assert np.isin(trajectory.values("extrapolating"), [0, 1]).all()
+        for name in sizes:
             values = trajectory.values(name)
             assert np.isfinite(values).all() and values.min() >= 0 and np.ptp(values) > 0
         assert json.loads(trajectory.runs[-1]["model_card"]) == model.card
