@@ -299,14 +299,14 @@ def test_partitions_with_models_and_temperatures_of_their_own(folder, scripts):
         np.testing.assert_array_equal(written, rows[:, 7])
 
 
-def test_opening_and_closing_ten_times_keeps_no_memory(folder):
+def test_opening_and_closing_ten_times_keeps_no_memory(folder, monkeypatch):
+    monkeypatch.setenv("MALLOC_PERTURB_", "0")  # filling memory makes it resident
     done = python(folder, 1, "memory.py")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     resident = json.loads(done.stdout.splitlines()[-1])  # MB after each cycle
     # The first cycle warms up (code, torch's profiling run). A model that stays would add 8 MB or
-    # more in each cycle, 40 MB in five; the allocator keeps up to 20 MB here and there, hence the
-    # least of five.
-    assert min(resident[-5:]) - min(resident[1:6]) < 24, resident
+    # more in each cycle; the allocator keeps up to 20 MB here and there, hence the least of five.
+    assert min(resident[-5:]) - min(resident[1:6]) < 8, resident
 
 
 # --- one rank fails ------------------------------------------------------------------------------
