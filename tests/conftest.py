@@ -85,10 +85,10 @@ def randomize(potential, structures, elements, seed):
                 part.delta.bias.copy_(noise(part.delta.bias, 0.3))
         if "scales" in methods:
             distance, force = methods["scales"].distance, methods["scales"].force_distribution
-            force.location.weight.copy_(noise(force.location.weight, 0.2))
             force.delta.copy_(noise(force.delta, 0.5))
             force.shape_weight.copy_(noise(force.shape_weight, 1.0))
-            force.set_bin_width(0.05)
+            force.size.copy_(torch.exp(noise(force.size, 0.5)))
+            force.tabulate(0.05)
         potential.reference_energies.copy_(noise(potential.reference_energies, 3.0))
         if "scales" in methods:
             features = potential.backbone(batch)
@@ -168,9 +168,7 @@ def calibrated(preset, dtype="float64", seed=0):
         values = distance(x, inputs[keys.SPECIES])
         distance.median.copy_(values.median())
         promise(scales, values / distance.median)
-        force.feature_mean.copy_(mean)
-        force.feature_std.copy_(std)
-        force.tensor_rms.copy_(features.tensors[4:9].pow(2).mean().sqrt())
+        force.scale_features(features)
     return potential
 
 

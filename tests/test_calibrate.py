@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from lmp_hl import HLCalculator, cli, keys, model_file
 from lmp_hl.export import export_potential
 from lmp_hl.training.calibrate import recalibrate
-from lmp_hl.uncertainty import conformal, scales
+from lmp_hl.uncertainty import conformal
 
 NOISE = 0.3  # eV/Å
 
@@ -80,8 +80,8 @@ def test_the_sizes_are_those_of_frames_it_has_not_seen(tiny_model, new):
     error, results = errors_of(new, fresh)
     std = np.concatenate([r["force_std"] for r in results])
     bound = np.concatenate([r["force_bound"] for r in results])
-    # 1,440 components: the noise's own size is known to 2 %, that of the fit to 3 %
-    assert np.sqrt((std**2).mean()) == pytest.approx(NOISE, rel=0.15)
+    # 1,440 components; the noise knows nothing of the distance, whose outliers weigh most here
+    assert np.sqrt((std**2).mean()) == pytest.approx(NOISE, rel=0.25)
     assert np.sqrt((error**2).mean()) == pytest.approx(NOISE, rel=0.06)
     # coverage given these calibration frames scatters by sqrt(0.95 * 0.05 / 30) around the promise
     assert 0.95 - 0.08 < (error <= bound).mean() < 1.0
@@ -120,8 +120,7 @@ def test_the_new_ranking_is_that_of_the_data(new, data):
     assert ranking["force_std"] == pytest.approx(spearmanr(std, error).statistic, abs=1e-6)
 
 
-def test_without_out_the_file_itself_is_replaced(tiny_model, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scales, "PENALTIES", (1e6,))  # the others only take time
+def test_without_out_the_file_itself_is_replaced(tiny_model, data, tmp_path, capsys):
     path = tmp_path / "hl.pt"
     path.write_bytes(tiny_model.read_bytes())
     part = tmp_path / "part.xyz"

@@ -1,6 +1,7 @@
 """Laws the potential obeys: symmetry, forces and stress as derivatives, locality, smoothness."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from scipy.stats import multivariate_normal
 
 from lmp_hl import histogram, keys
 from lmp_hl.graph import graph_inputs
-from lmp_hl.nn.backbone import Backbone
-from lmp_hl.nn.heads import invariants
+from lmp_hl.nn.backbone import Backbone, Features
+from lmp_hl.nn.heads import AtomicEnergy, invariants
 from lmp_hl.potential import Potential, edge_forces
 from lmp_hl.training import frames as fr
-from lmp_hl.uncertainty.scales import spd_exponential
+from lmp_hl.uncertainty import Atoms as FrozenAtoms
+from lmp_hl.uncertainty import Sizes
+from lmp_hl.uncertainty.scales import ForceDistribution, spd_exponential
 
 # preset, head, number of elements, l_max
 ALL = list(itertools.product(["local", "mp"], ["hlgauss", "scalar"], [1, 3], [2, 3]))
@@ -330,23 +333,19 @@ def test_owned_atoms_alone_give_the_energies_and_gradients_of_all(
 
 # force distribution and distance -----------------------------------------------------------------
 @pytest.fixture
-def force(request, potential_factory, structure_factory):
-    """Potential, its force distributions of nine atoms and their distance factors."""
+def force(potential_factory, structure_factory):
+    """Potential, shapes of the force errors of nine atoms, their sizes and distances."""
     potential = potential_factory("local", "hlgauss", 3, 3)
     inputs = inputs_of(potential, structure_factory(ELEMENTS, seed=5))
     features, _ = potential.atoms(inputs)
-    species = inputs[keys.SPECIES]
-    x, scales = invariants(features), potential.methods["scales"]
-    return (
-        potential,
-        scales.force_distribution(x, features.tensors, species),
-        scales.distance(x, species),
-    )
+    species, scales = inputs[keys.SPECIES], potential.methods["scales"]
+    head = scales.force_distribution
+    distance = scales.distance(invariants(features), species)
+    return potential, head(features.tensors), head.size[species], distance
 
 
 def test_shape_of_the_force_distribution_is_spd_with_determinant_one(force):
-    _, distribution, _ = force
-    shape = spd_exponential(distribution.generator)
+    shape = spd_exponential(force[1].generator)
     torch.testing.assert_close(shape, shape.transpose(1, 2))
     assert bool((torch.linalg.eigvalsh(shape) > 0).all())
     torch.testing.assert_close(torch.linalg.det(shape), torch.ones(9, dtype=torch.float64))
@@ -354,63 +353,107 @@ def test_shape_of_the_force_distribution_is_spd_with_determinant_one(force):
 
 
 def test_shape_of_the_force_distribution_turns_with_the_structure(force, structure_factory):
-    potential, before, _ = force
+    potential, before, _, _ = force
     atoms = structure_factory(ELEMENTS, seed=5)
     matrix = -Rotation.random(rng=3).as_matrix()
     turned = atoms.copy()
     turned.set_cell(atoms.cell @ matrix.T, scale_atoms=True)
-    inputs = inputs_of(potential, turned)
-    features, _ = potential.atoms(inputs)
-    after = potential.methods["scales"].force_distribution(
-        invariants(features), features.tensors, inputs[keys.SPECIES]
-    )
+    features, _ = potential.atoms(inputs_of(potential, turned))
+    after = potential.methods["scales"].force_distribution(features.tensors)
     expected = matrix @ before.generator.numpy() @ matrix.T
     np.testing.assert_allclose(after.generator, expected, atol=1e-10)
-    np.testing.assert_allclose(after.logits, before.logits, atol=1e-10)
+    np.testing.assert_allclose(after.damping, before.damping, atol=1e-10)
 
 
 def test_log_density_is_scipys_mixture_of_gaussians(force):
-    potential, distribution, factor = force
+    potential, shape, size, distance = force
     head = potential.methods["scales"].force_distribution
     errors = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    got = head.log_density(distribution, factor, errors)
-    weights = torch.softmax(distribution.logits, 1).numpy()
-    scales = np.exp(head.log_scales.numpy())
-    shape = torch.linalg.matrix_exp(distribution.generator).numpy()
+    got = head.log_density(shape, size, distance, errors)
+    weights, scales = (x.exp().numpy() for x in head.relative())
+    assert weights.sum() == pytest.approx(1) and weights @ scales**2 == pytest.approx(1)
+    ellipsoid = torch.linalg.matrix_exp(shape.generator).numpy()
+    sigma = (size * shape.damping * distance).numpy()
     for i in range(9):
         density = sum(
-            q * multivariate_normal(cov=(s * float(factor[i])) ** 2 * shape[i]).pdf(errors[i])
-            for q, s in zip(weights[i], scales, strict=True)
+            q * multivariate_normal(cov=(r * sigma[i]) ** 2 * ellipsoid[i]).pdf(errors[i])
+            for q, r in zip(weights, scales, strict=True)
         )
         assert float(got[i]) == pytest.approx(np.log(density), rel=1e-9)
 
 
 def test_force_std_is_the_root_of_the_mean_variance_of_a_component(force):
-    potential, distribution, factor = force
+    potential, shape, size, distance = force
     head = potential.methods["scales"].force_distribution
-    weights, scales = torch.softmax(distribution.logits, 1), torch.exp(head.log_scales)
-    covariance = torch.linalg.matrix_exp(distribution.generator) * (
-        factor.square() * (weights * scales.square()).sum(1)
-    ).reshape(-1, 1, 1)
-    expected = np.sqrt(np.trace(covariance.numpy(), axis1=1, axis2=2) / 3)
-    np.testing.assert_allclose(head.summary(distribution, factor)[0], expected, rtol=1e-12)
+    weights, scales = (x.exp() for x in head.relative())
+    variance = (weights * scales.square()).sum() * (size * shape.damping * distance).square()
+    trace = torch.linalg.matrix_exp(shape.generator).diagonal(dim1=1, dim2=2).sum(1)
+    got = size * distance * head.spread(shape)
+    torch.testing.assert_close(got, (variance * trace / 3).sqrt(), rtol=1e-12, atol=0)
 
 
-def test_force_entropy_is_that_of_the_mixtures_bin_masses_and_grows_with_the_factor(force):
-    potential, distribution, factor = force
+def test_force_entropy_is_that_of_the_mixtures_bin_masses_and_grows_with_the_size(force):
+    potential, *_ = force
     head = potential.methods["scales"].force_distribution
-    edges = histogram.uniform_edges(2 * head.masses.shape[1], float(head.bin_width))
-    weights = torch.softmax(distribution.logits, 1)
-    trace = torch.linalg.matrix_exp(distribution.generator).diagonal(dim1=1, dim2=2).sum(1)
-    sigma = torch.exp(head.log_scales) * (factor * (trace / 3).sqrt()).unsqueeze(1)
+    width = float(head.bin_width)
+    std = width * torch.logspace(-3, 4, 57, dtype=torch.float64)
+    weights, scales = (x.exp() for x in head.relative())
+    edges = histogram.uniform_edges(head.num_bins, width)
+    sigma = std.unsqueeze(1) * scales
     masses = histogram.hl_gauss(torch.zeros_like(sigma), edges, sigma)
-    expected = histogram.entropy((weights.unsqueeze(2) * masses).sum(1))
-    got = head.summary(distribution, factor)[1]
-    # masses are interpolated between scales 34 % apart
-    torch.testing.assert_close(got, expected, rtol=0, atol=0.02)
-    grown = [head.summary(distribution, factor * g)[1] for g in (0.1, 0.5, 1.0, 2.0, 8.0)]
-    for smaller, larger in itertools.pairwise(grown):
-        assert bool((larger > smaller).all())
+    expected = histogram.entropy((weights.unsqueeze(1) * masses).sum(1))
+    got = head.entropy(std)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)  # of the table
+    assert bool((got[1:] >= got[:-1]).all()) and float(got[-1] - got[0]) > 3
+    assert bool(torch.isnan(head.entropy(torch.tensor([math.nan]))).all())
+
+
+@pytest.fixture
+def fitted():
+    """A distribution for two elements fitted to errors that it can describe, and their atoms."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    tensors, species = normal(9, 600, 4), torch.arange(600) % 2
+    tensors[1:4, ::5] *= 1e-3  # every fifth atom is nearly symmetric
+    distance = torch.exp(0.5 * normal(600))
+    head = ForceDistribution(Sizes(2, 4, 2, 2)).double().requires_grad_(False)
+    head.scale_features(Features(normal(600, 2), tensors))
+    size = torch.tensor([0.05, 0.4], dtype=torch.float64)
+    expected = size[species] * distance * head(tensors).damping
+    errors = expected.unsqueeze(1) * normal(600, 3) * torch.exp(0.4 * normal(600, 1))
+    empty = torch.zeros(600, 0, dtype=torch.float64)
+    energy = AtomicEnergy(empty[:, :0].sum(1), empty.sum(1), empty, empty.sum(1)[:0], empty)
+    atoms = FrozenAtoms(
+        Features(normal(600, 2), tensors), energy, species, torch.arange(600) // 10, errors,
+        normal(60),
+    )  # fmt: skip
+    head.fit(atoms, distance)
+    return head, atoms, distance, expected
+
+
+def test_fitted_sizes_are_those_of_each_elements_errors(fitted):
+    head, atoms, distance, _ = fitted
+    std = head.size[atoms.species] * distance * head.spread(head(atoms.features.tensors))
+    square = atoms.errors.square().mean(1)
+    for z in range(2):
+        chosen = atoms.species == z
+        ratio = float((std[chosen].square().mean() / square[chosen].mean()).sqrt())
+        assert ratio == pytest.approx(1, abs=0.08)  # some weight is on what all elements say
+    symmetric = torch.arange(600) % 5 == 0
+    ratio = float((std[symmetric].square().mean() / square[symmetric].mean()).sqrt())
+    assert ratio == pytest.approx(1, abs=0.25)  # 120 atoms with heavy tails
+
+
+def test_fitted_mixture_is_likelier_than_a_gaussian_and_tells_heavy_tails(fitted):
+    head, atoms, distance, expected = fitted
+    shape, size = head(atoms.features.tensors), head.size[atoms.species]
+    mixture = head.log_density(shape, size, distance, atoms.errors).mean()
+    scale = expected.unsqueeze(1) * (atoms.errors / expected.unsqueeze(1)).square().mean().sqrt()
+    gaussian = torch.distributions.Normal(0.0, scale).log_prob(atoms.errors).sum(1).mean()
+    assert float(mixture) > float(gaussian) + 0.05
 
 
 def test_distance_is_the_mahalanobis_distance_of_the_element(potential_factory, structure_factory):

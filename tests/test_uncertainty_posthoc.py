@@ -337,9 +337,10 @@ def test_error_scale_gives_the_mean_square_error_of_each_element_with_enough_ato
     assert scale[0] == pytest.approx(0.2, rel=0.05)
     pooled = (errors.square().mean() / size.square().mean()).sqrt()
     assert scale[2] == pytest.approx(float(pooled))
-    few = errors[-1].square().mean() + per_element.PRIOR_ATOMS * errors.square().mean()
-    none = size[-1].square() + per_element.PRIOR_ATOMS * size.square().mean()
-    assert scale[1] == pytest.approx(float((few / none).sqrt()))
+    own = float(errors[-1].square().mean().sqrt() / size[-1])
+    prior = per_element.PRIOR_ATOMS
+    expected = np.exp((np.log(own) + prior * np.log(float(pooled))) / (1 + prior))
+    assert scale[1] == pytest.approx(expected)
 
 
 # density ----------------------------------------------------------------------------------------

@@ -72,7 +72,8 @@ def principal_axes(rows: Array) -> Axes:
 def error_scale(size: Tensor, errors: Tensor, species: Tensor, num_elements: int) -> Tensor:
     """Per element the s with mean (s * size)^2 = mean square error of a force component.
 
-    Elements with few atoms lean on all (PRIOR_ATOMS).
+    Elements with few atoms lean on all: log s is the mean of the element's own and of that of all
+    elements, which counts as so many atoms (PRIOR_ATOMS).
 
     Args:
         size: (num_atoms,) positive, what the error is taken to be proportional to.
@@ -86,6 +87,9 @@ def error_scale(size: Tensor, errors: Tensor, species: Tensor, num_elements: int
     square, error = size.square(), errors.square().mean(1)
     pooled = error.mean() / square.mean()
     zeros = torch.zeros(num_elements, dtype=size.dtype)
-    own_square = zeros.index_add(0, species, square) + PRIOR_ATOMS * square.mean()
-    own_error = zeros.index_add(0, species, error) + PRIOR_ATOMS * pooled * square.mean()
-    return (own_error / own_square).sqrt()
+    count = zeros.index_add(0, species, torch.ones_like(size))
+    own_square, own_error = zeros.index_add(0, species, square), zeros.index_add(0, species, error)
+    # an element without atoms has no ratio; one whose forces all vanish has one that is too small
+    ratio = torch.where(count > 0, own_error / torch.where(count > 0, own_square, 1.0), pooled)
+    logarithm = count * torch.log(torch.maximum(ratio, 1e-6 * pooled))
+    return torch.exp(0.5 * (logarithm + PRIOR_ATOMS * torch.log(pooled)) / (count + PRIOR_ATOMS))

@@ -5,7 +5,6 @@ not grow where there is no data; the feature distance, which nobody trained, doe
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +17,17 @@ from ..nn.heads import AtomicEnergy, invariants
 from . import conformal
 from .base import Atoms, Method, Sizes
 from .distance import FeatureDistance
+from .per_element import error_scale
 
 FOLDS = 4
-# on the weights of the force distribution's location; the largest makes it constant per element
-PENALTIES = (1e6, 1.0, 1e-1, 1e-2)
-# forces that vanish by symmetry have no error; below this share of the RMSE an error counts as
-# noise, or else the likelihood would look at nothing but those atoms
+# forces that nearly vanish by symmetry have next to no error; below this share of the size expected
+# an error counts as noise, or else the likelihood would look at nothing but those atoms
 NOISE = 0.2
+# l = 1 features below this share of their training rms say that the force vanishes by symmetry
+SYMMETRIC = 0.1
+FLOOR = 0.05  # what is then left of the spread
+PENALTY = 0.1  # on the weights of the shape: few atoms must not make needles
+TABLE = (-12.0, 12.0, 481)  # log(std / bin width): from, to, number of entropies
 
 
 def _trace_series(num_p: int = 8, num_q: int = 5) -> Tensor:
@@ -67,126 +70,75 @@ def _powers(x: Tensor, number: int) -> Tensor:
     return torch.stack(found, 1)
 
 
-class ForceScales(NamedTuple):
-    """Of force errors: logits (num_atoms, num_scales), generator G (num_atoms, 3, 3) of the shape.
+class ForceShape(NamedTuple):
+    """Of force errors: generator G (num_atoms, 3, 3) of the shape and damping h (num_atoms,).
 
-    C = exp(G) is SPD with determinant 1; G is traceless, symmetric and |G| < 1.
+    C = exp(G) is SPD with determinant 1; G is traceless, symmetric and |G| < 1; 0 < h < 1.
     """
 
-    logits: Tensor
     generator: Tensor
+    damping: Tensor
 
 
 class ForceDistribution(nn.Module):
-    """Joint density of an atom's force error, p(dF) = sum_k q_k N(0, (s_k g)^2 C), equivariant.
+    """Joint density of an atom's force error, equivariant and with heavy tails.
 
-    q is categorical over the log-spaced scales s_k (1 meV/Å to 10 eV/Å), C = exp(G) with G the
-    traceless symmetric tensor of degree-2 features, and g the feature distance, which carries the
-    growth away from the data that a fitted spread alone does not have. Isotropic summary:
-    force_std = sqrt(tr Sigma / 3).
+        p(dF) = sum_k q_k N(0, (a_z r_k h g)^2 C),    sum_k q_k r_k^2 = 1
+
+    q is categorical over log-spaced relative scales r_k, a_z the size of element z, C = exp(G) with
+    G the traceless symmetric tensor of degree-2 features, and g the feature distance, which carries
+    the growth away from the data that a fitted spread alone does not have. Where symmetry makes
+    forces vanish it makes their errors vanish: h = sqrt((t^2 + (f c)^2) / (t^2 + c^2)), f = FLOOR,
+    c = SYMMETRIC, t the rms of the l = 1 features over the channels, each in units of its rms in
+    the training set. Isotropic summary: force_std = sqrt(tr Sigma / 3) = a_z h g sqrt(tr C / 3).
+
+    Sizes that a network reads from the features, instead of one for each element, were tried: they
+    rank no better near the data, and their rank and size are worse away from it.
     """
 
     log_scales: Tensor
-    feature_mean: Tensor
-    feature_std: Tensor
+    vector_rms: Tensor
     tensor_rms: Tensor
+    size: Tensor
     cartesian: Tensor
     trace_series: Tensor
     bin_width: Tensor
-    masses: Tensor
+    entropies: Tensor
 
     def __init__(self, sizes: Sizes, num_scales: int = 32, num_bins: int = 128) -> None:
         super().__init__()
-        num_invariants = sizes.num_invariants
-        self.location = nn.Linear(num_invariants, 1, bias=False)
-        self.element_location = nn.Embedding(sizes.num_elements, 1)
+        self.num_bins = num_bins
         self.log_spread = nn.Parameter(torch.zeros(()))
         self.delta = nn.Parameter(torch.zeros(num_scales))
         self.shape_weight = nn.Parameter(torch.zeros(sizes.channels))
-        nn.init.zeros_(self.location.weight)
-        nn.init.constant_(self.element_location.weight, math.log(0.1))
-        self.register_buffer(
-            "log_scales", torch.linspace(math.log(1e-3), math.log(10.0), num_scales)
-        )
-        self.register_buffer("feature_mean", torch.zeros(num_invariants))
-        self.register_buffer("feature_std", torch.ones(num_invariants))
+        log_scales = torch.linspace(math.log(1e-2), math.log(30.0), num_scales)
+        self.register_buffer("log_scales", log_scales)
+        self.register_buffer("vector_rms", torch.ones(sizes.channels))
         self.register_buffer("tensor_rms", torch.ones(()))
+        self.register_buffer("size", torch.full((sizes.num_elements,), 0.1))  # a, eV/Å
         cartesian = o3.wigner_3j(1, 1, 2, dtype=torch.float64) * math.sqrt(5.0)
         self.register_buffer("cartesian", cartesian.permute(2, 0, 1).to(torch.get_default_dtype()))
         series = _trace_series()
         self.register_buffer("trace_series", series.to(torch.get_default_dtype()), persistent=False)
-        # masses of N(0, sigma^2) for log-spaced sigma, each way as many again as there are scales
-        self.num_extra = num_scales
-        self.spacing = math.log(1e4) / (num_scales - 1)
-        self.register_buffer("bin_width", torch.ones(()))  # eV/Å, set_bin_width
-        # of the upper half of the bins: the lower half is its mirror image
-        self.register_buffer("masses", torch.zeros(3 * num_scales, num_bins // 2))
-        self.set_bin_width(0.01)
+        self.register_buffer("bin_width", torch.ones(()))  # eV/Å, see tabulate
+        self.register_buffer("entropies", torch.zeros(TABLE[2]))
+        self.symmetric = ((FLOOR * SYMMETRIC) ** 2, SYMMETRIC**2)
+        self.first, self.spacing = TABLE[0], (TABLE[1] - TABLE[0]) / (TABLE[2] - 1)
+        self.tabulate(0.01)
 
-    def set_bin_width(self, bin_width: float) -> None:
-        """Choose the bins of `entropy`, in eV/Å, and tabulate the masses of the scales in them."""
-        num_bins = 2 * self.masses.shape[1]
-        edges = histogram.uniform_edges(num_bins, bin_width)
-        steps = torch.arange(self.masses.shape[0], dtype=torch.float64) - self.num_extra
-        sigma = 1e-3 * torch.exp(steps * self.spacing)
-        self.bin_width.fill_(bin_width)
-        masses = histogram.hl_gauss(torch.zeros_like(sigma), edges, sigma)
-        self.masses.copy_(masses[:, num_bins // 2 :])
-
-    def forward(self, x: Tensor, tensors: Tensor, species: Tensor) -> ForceScales:
-        """Force errors' distribution before the distance factor.
-
-        Args:
-            x: nn.heads.invariants of the features, (num_atoms, num_invariants).
-            tensors: of the features.
-            species: (num_atoms,).
-        """
-        weight = self.location.weight[0] / self.feature_std
-        location = ((x - self.feature_mean) @ weight).unsqueeze(1) + self.element_location(species)
-        relative = (self.log_scales - location) * torch.exp(-self.log_spread)
+    def forward(self, tensors: Tensor) -> ForceShape:
+        """What the features say of an atom's errors; tensors of Features."""
         t = torch.matmul(tensors[4:9], self.shape_weight / self.tensor_rms)
         g = (t.t() @ self.cartesian.flatten(1)).reshape(-1, 3, 3)
         # bounded, so that no feature far from the data can make the ellipsoid a needle
         norm = g.pow(2).sum((1, 2), keepdim=True)
-        return ForceScales(self.delta - 0.5 * relative.pow(2), g / (1.0 + norm).sqrt())
+        square = (tensors[1:4] / self.vector_rms).pow(2).sum(0).mean(1)
+        damping = (square + self.symmetric[0]) / (square + self.symmetric[1])
+        return ForceShape(g / (1.0 + norm).sqrt(), damping.sqrt())
 
-    def reset(self, x: Tensor, tensors: Tensor, errors: Tensor) -> None:
-        """Forget what was fitted; take scales of features and of errors from these atoms."""
-        std = x.std(0)
-        self.feature_mean.copy_(x.mean(0))
-        self.feature_std.copy_(torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std)))
-        self.tensor_rms.copy_(tensors[4:9].square().mean().sqrt())
-        for weight in (self.location.weight, self.log_spread, self.delta, self.shape_weight):
-            nn.init.zeros_(weight)
-        rmse = errors.square().mean().sqrt()
-        nn.init.constant_(self.element_location.weight, float(rmse.log()))
-
-    def summary(self, force: ForceScales, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Size and entropy of one component's error, isotropic part.
-
-        Args:
-            force: of the atoms.
-            factor: g, (num_atoms,).
-
-        Returns:
-            sqrt(tr Sigma / 3), (num_atoms,), eV/Å; entropy, (num_atoms,), nats, of the mixture
-            sum_k q_k N(0, (s_k g)^2 tr C / 3) in the model's uniform bins, its scales taken between
-            tabulated ones by linear interpolation of the masses in log sigma.
-        """
-        q = torch.softmax(force.logits, 1)
-        spread = factor * (self.shape_trace(force.generator) / 3.0).sqrt()
-        std = spread * (q @ torch.exp(2.0 * self.log_scales)).sqrt()
-
-        steps = torch.log(spread) / self.spacing + self.num_extra
-        steps = steps.clamp(0.0, 2.0 * self.num_extra - 1.001).unsqueeze(1)
-        upper = steps - steps.floor()
-        # every scale lies between two rows of the table, and the next scale between the next two
-        none = torch.zeros_like(upper)
-        q = torch.cat([q * (1.0 - upper), none], 1) + torch.cat([none, q * upper], 1)
-        # an atom whose features are not finite gets a nan here, not an index out of bounds
-        index = torch.nan_to_num(steps).long() + torch.arange(q.shape[1], device=steps.device)
-        weights = torch.zeros((q.shape[0], self.masses.shape[0]), dtype=q.dtype, device=q.device)
-        return std, 2.0 * histogram.entropy(weights.scatter(1, index, q) @ self.masses)
+    def spread(self, shape: ForceShape) -> Tensor:
+        """Of h sqrt(tr C / 3), (num_atoms,): force_std without the element's size and distance."""
+        return shape.damping * (self.shape_trace(shape.generator) / 3.0).sqrt()
 
     def shape_trace(self, generator: Tensor) -> Tensor:
         """Trace of C = exp(G), (num_atoms,), from the two invariants of G; see _trace_series."""
@@ -194,16 +146,111 @@ class ForceDistribution(nn.Module):
         q = (torch.linalg.cross(generator[:, 0], generator[:, 1]) * generator[:, 2]).sum(1)
         return ((_powers(p, 8) @ self.trace_series) * _powers(q, 5)).sum(1)
 
-    def log_density(self, force: ForceScales, factor: Tensor, errors: Tensor) -> Tensor:
-        """Log p(dF) of each atom; errors (num_atoms, 3) in eV/Å -> (num_atoms,)."""
-        shape = spd_exponential(force.generator)
+    def entropy(self, std: Tensor) -> Tensor:
+        """Of one component's error in the model's bins, isotropic part, (num_atoms,), nats.
+
+        The mixture's shape is the same for all atoms, so it is a function of force_std alone; taken
+        from a table by linear interpolation in log(std).
+        """
+        step = (torch.log(std / self.bin_width) - self.first) / self.spacing
+        step = step.clamp(0.0, self.entropies.shape[0] - 1.001)
+        # an atom whose features are not finite gets a nan here, not an index out of bounds
+        index = torch.nan_to_num(step).long()
+        low, high = self.entropies[index], self.entropies[index + 1]
+        return low + (step - index) * (high - low)
+
+    def relative(self) -> tuple[Tensor, Tensor]:
+        """Log q and log r, each (num_scales,)."""
+        logits = self.delta - 0.5 * (self.log_scales * torch.exp(-self.log_spread)).square()
+        log_q = torch.log_softmax(logits, 0)
+        return log_q, self.log_scales - 0.5 * torch.logsumexp(log_q + 2.0 * self.log_scales, 0)
+
+    def log_density(
+        self, shape: ForceShape, size: Tensor, distance: Tensor, errors: Tensor
+    ) -> Tensor:
+        """Log p(dF) of each atom.
+
+        Args:
+            shape: of the atoms.
+            size: a_z of each, (num_atoms,), eV/Å.
+            distance: g, (num_atoms,).
+            errors: (num_atoms, 3), eV/Å.
+        """
+        ellipsoid = spd_exponential(shape.generator)
         mahalanobis = (
-            errors.unsqueeze(1) @ torch.linalg.solve(shape, errors.unsqueeze(2))
+            errors.unsqueeze(1) @ torch.linalg.solve(ellipsoid, errors.unsqueeze(2))
         ).flatten()
-        log_sigma = self.log_scales + torch.log(factor).unsqueeze(1)
+        log_q, log_r = self.relative()
+        log_sigma = log_r + torch.log(size * shape.damping * distance).unsqueeze(1)
         kernel = -0.5 * mahalanobis.unsqueeze(1) * torch.exp(-2.0 * log_sigma) - 3.0 * log_sigma
-        mixture = torch.logsumexp(torch.log_softmax(force.logits, 1) + kernel, 1)
-        return mixture - 1.5 * math.log(2.0 * math.pi)
+        return torch.logsumexp(log_q + kernel, 1) - 1.5 * math.log(2.0 * math.pi)
+
+    @torch.no_grad()
+    def tabulate(self, bin_width: float) -> None:
+        """Choose the bins of `entropy`, in eV/Å, and tabulate the entropies of the mixture."""
+        self.bin_width.fill_(bin_width)
+        edges = histogram.uniform_edges(self.num_bins, 1.0)
+        log_q, log_r = (x.double() for x in self.relative())
+        log_std = torch.linspace(*TABLE, dtype=torch.float64)
+        sigma = torch.exp(log_std.unsqueeze(1) + log_r)
+        masses = histogram.hl_gauss(torch.zeros_like(sigma), edges, sigma)
+        self.entropies.copy_(histogram.entropy((log_q.exp().unsqueeze(1) * masses).sum(1)))
+
+    def scale_features(self, seen: Features) -> None:
+        """Take the units of the features from those of the training frames."""
+        self.tensor_rms.copy_(seen.tensors[4:9].square().mean().sqrt())
+        rms = seen.tensors[1:4].square().sum(0).mean(0).sqrt()
+        # only perfect crystals among the training frames: nothing that differs is symmetric
+        self.vector_rms.copy_(rms.clamp(min=1e-6 * max(float(rms.max()), 1e-6)))
+
+    def fit(self, atoms: Atoms, distance: Tensor) -> None:
+        """Penalised maximum likelihood of the mixture and the shape.
+
+        The sizes are no parameters: a likelihood hardly minds a tail that is too heavy, but
+        force_std is read as a size, so its mean square is that of the errors, for each element.
+
+        Args:
+            atoms: their errors are fitted.
+            distance: g, (num_atoms,).
+        """
+        # the mixture is weakly tied: a free weight for every scale would follow single atoms
+        tied = ((self.shape_weight, PENALTY), (self.delta, 1e-2), (self.log_spread, 1e-2))
+        for parameter, _ in tied:
+            nn.init.zeros_(parameter)
+            parameter.requires_grad_(True)
+        parameters = [parameter for parameter, _ in tied]
+        optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
+        num_elements = len(self.size)
+
+        def sizes(shape: ForceShape) -> Tensor:
+            expected = distance * self.spread(shape)
+            return error_scale(expected, atoms.errors, atoms.species, num_elements)
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            shape = self(atoms.features.tensors)
+            size = sizes(shape)[atoms.species]
+            with torch.no_grad():
+                errors = _above_noise(atoms.errors, NOISE * size * distance * shape.damping)
+            value = -self.log_density(shape, size, distance, errors).mean()
+            for weight, strength in tied:
+                value = value + strength * weight.square().sum()
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            optimizer.step(loss)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        self.size.copy_(sizes(self(atoms.features.tensors)))
+
+
+def _above_noise(errors: Tensor, noise: Tensor) -> Tensor:
+    """Errors (num_atoms, 3) stretched to a length of at least `noise`, in any direction if zero."""
+    length, noise = errors.norm(dim=1, keepdim=True), noise.unsqueeze(1)
+    stretched = errors * (noise / length.clamp(min=1e-12))
+    stretched = torch.where(length > 1e-12, stretched, noise / math.sqrt(3.0))
+    return torch.where(length < noise, stretched, errors)
 
 
 class Scales(Method):
@@ -250,12 +297,11 @@ class Scales(Method):
         self, features: Features, energy: AtomicEnergy, species: Tensor
     ) -> dict[str, Tensor]:
         """See Method.forward."""
-        x = invariants(features)
-        distance = self.distance(x, species)
-        force = self.force_distribution(x, features.tensors, species)
-        std, entropy = self.force_distribution.summary(force, distance)
+        distance = self.distance(invariants(features), species)
+        force = self.force_distribution
+        std = force.size[species] * distance * force.spread(force(features.tensors))
         return {
-            keys.FORCE_ENTROPY: entropy,
+            keys.FORCE_ENTROPY: force.entropy(std),
             keys.FORCE_STD: std,
             keys.FORCE_BOUND: self.bound_factor * std,
             keys.DISTANCE: distance,
@@ -272,7 +318,7 @@ class Scales(Method):
         bins = self.force_distribution
         card: dict[str, Any] = {
             "force_histogram": {
-                "num_bins": 2 * int(bins.masses.shape[1]),
+                "num_bins": bins.num_bins,
                 "bin_width": float(bins.bin_width),
             }
         }
@@ -287,17 +333,15 @@ class Scales(Method):
     def fit(self, seen: Atoms, held: Atoms) -> dict[str, Any]:
         """See calibrate; the feature statistics are those of the training frames."""
         self.distance.fit(seen)
+        self.force_distribution.scale_features(seen.features)
         return self.calibrate(held)
 
     @torch.no_grad()
     def calibrate(self, held: Atoms) -> dict[str, Any]:
-        """Fit the validation frames' force errors: shape by likelihood, size by second moment.
-
-        The penalty is the one whose cross-validated force_std (over frames) ranks the errors best,
-        the largest on a tie; see _fit for what is fitted.
+        """Fit the validation frames' force errors, see ForceDistribution.fit.
 
         Returns:
-            penalty; ratio predicted/true force error and rank correlation, both cross-validated.
+            Ratio predicted/true force error and rank correlation, both cross-validated over frames.
 
         Raises:
             ValueError: the model has no feature statistics that these atoms have a distance to.
@@ -306,28 +350,19 @@ class Scales(Method):
         from sklearn.model_selection import GroupKFold
 
         self.distance.set_unit(held)
-        head = self.force_distribution
-        x, tensors, species = invariants(held.features), held.features.tensors, held.species
-        head.reset(x, tensors, held.errors)
-        distance = self.distance(x, species)
+        force, species, tensors = self.force_distribution, held.species, held.features.tensors
+        distance = self.distance(invariants(held.features), species)
 
-        start = {k: v.clone() for k, v in head.state_dict().items()}
-        best, penalty, cross_std = -math.inf, PENALTIES[0], torch.full_like(distance, math.nan)
-        for candidate in PENALTIES if held.num_frames >= 2 else ():
-            predicted = torch.zeros_like(distance)
-            folds = GroupKFold(min(FOLDS, held.num_frames)).split(x, groups=held.frame)
-            for fit_rows, test_rows in folds:
-                head.load_state_dict(start)
-                _fit(head, held.rows(torch.from_numpy(fit_rows)), distance[fit_rows], candidate)
-                force = head(x[test_rows], tensors[:, test_rows], species[test_rows])
-                predicted[test_rows] = head.summary(force, distance[test_rows])[0]
-            score = float(spearmanr(predicted.numpy(), held.errors.norm(dim=1).numpy()).statistic)
-            if score > best:
-                best, penalty, cross_std = score, candidate, predicted
-        head.load_state_dict(start)
-        _fit(head, held, distance, penalty)
-        std, _ = head.summary(head(x, tensors, species), distance)
-        head.set_bin_width(float(std.median()))
+        cross_std = torch.full_like(distance, math.nan)
+        if held.num_frames >= 2:
+            folds = GroupKFold(min(FOLDS, held.num_frames)).split(distance, groups=held.frame)
+            for fit_rows, rows in folds:
+                force.fit(held.rows(torch.from_numpy(fit_rows)), distance[fit_rows])
+                spread = distance[rows] * force.spread(force(tensors[:, rows]))
+                cross_std[rows] = force.size[species[rows]] * spread
+        force.fit(held, distance)
+        std = force.size[species] * distance * force.spread(force(tensors))
+        force.tabulate(float(std.median()))
 
         size = held.errors.square().mean(1).sqrt()
         frame, coverage = held.frame.numpy(), conformal.attainable_coverage(held.num_frames)
@@ -337,53 +372,6 @@ class Scales(Method):
             self.bound_factor.fill_(conformal.pooled_quantile(scores, frame, coverage))
             self.reach.fill_(conformal.pooled_quantile(distance.numpy(), frame, coverage))
         return {
-            "penalty": penalty,
             "size_ratio": float((cross_std.square().mean() / size.square().mean()).sqrt()),
-            "rank_correlation": best,
+            "rank_correlation": float(spearmanr(cross_std.numpy(), size.numpy()).statistic),
         }
-
-
-def _above_noise(errors: Tensor, noise: Tensor) -> Tensor:
-    """Errors (num_atoms, 3) stretched to a length of at least `noise`, in any direction if zero."""
-    length = errors.norm(dim=1, keepdim=True)
-    stretched = errors * (noise / length.clamp(min=1e-12))
-    stretched = torch.where(length > 1e-12, stretched, noise / math.sqrt(3.0))
-    return torch.where(length < noise, stretched, errors)
-
-
-def _fit(head: ForceDistribution, atoms: Atoms, distance: Tensor, penalty: float) -> None:
-    """Penalised maximum likelihood, then one factor on all scales.
-
-    A mixture's likelihood hardly minds a tail that is too heavy, but force_std is read as a size:
-    the factor makes its mean square that of the errors.
-    """
-    x, tensors = invariants(atoms.features), atoms.features.tensors
-    rmse = atoms.errors.square().mean().sqrt()
-    errors = _above_noise(atoms.errors, NOISE * rmse)
-    # delta is weakly tied to zero: a free weight for every scale would follow single atoms
-    tied: Sequence[tuple[Tensor, float]] = (
-        (head.location.weight, penalty),
-        (head.shape_weight, penalty),
-        (head.delta, 1e-2),
-        (head.log_spread, 1e-2),
-    )
-    parameters = list(head.parameters())
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        force = head(x, tensors, atoms.species)
-        value = -head.log_density(force, distance, errors).mean()
-        for weight, strength in tied:
-            value = value + strength * weight.square().sum()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    std, _ = head.summary(head(x, tensors, atoms.species), distance)
-    head.element_location.weight.add_(torch.log(rmse / std.square().mean().sqrt()))
