@@ -237,7 +237,7 @@ class _Compared(stages.Runtime):
 
     def __init__(self, eager: stages.Stages, compiled: CompiledStages, tolerance: float) -> None:
         self.eager, self.compiled, self.tolerance = eager, compiled, tolerance
-        self.fields, self.node_field_names = eager.fields, eager.node_field_names
+        self.fields = eager.fields
 
     def _same(self, name: str, got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         for k, (x, y) in enumerate(zip(got, expected, strict=True)):
@@ -269,8 +269,10 @@ class _Compared(stages.Runtime):
         self._same("final", self.compiled.final(inputs, with_fields), expected)
         return expected
 
-    def node_fields(self, forces: Tensor) -> list[Tensor]:
-        return self.eager.node_fields(forces)
+    def finish(
+        self, species: Tensor, energies: Tensor, carried: Tensor, sums: Tensor
+    ) -> list[Tensor]:
+        return self.eager.finish(species, energies, carried, sums)
 
 
 def _compare(

@@ -62,22 +62,20 @@ class Ensemble(nn.Module):
     def field_names(self) -> list[str]:
         """Names of what `fields` returns."""
         first, *others = [potential.field_names() for potential in self.potentials()]
-        shared = [name for name in first if all(name in names for names in others)]
-        return shared + [keys.ENSEMBLE_ENERGY_STD] * (self.num_members > 1)
-
-    @torch.jit.unused
-    def node_field_names(self) -> list[str]:
-        """Names of what `node_fields` returns."""
-        return [keys.ENSEMBLE_FORCE_STD] * (self.num_members > 1)
+        common = [name for name in first if all(name in names for names in others)]
+        own = [keys.ENSEMBLE_ENERGY_STD, keys.ENSEMBLE_FORCE_STD]
+        return common + (own if self.num_members > 1 else [])
 
     def fields(
-        self, of_members: list[dict[str, Tensor]], energies: Tensor, species: Tensor
+        self, of_members: list[dict[str, Tensor]], energies: Tensor, forces: Tensor, species: Tensor
     ) -> dict[str, Tensor]:
         """Per-atom fields from those of the members.
 
         Args:
             of_members: what Potential.fields returned.
             energies: (num_atoms, num_members), eV.
+            forces: (num_atoms, 3 * num_members), eV/Å, of all edges that end at the atom, also of
+                those that another process evaluates; not looked at for a single member.
             species: (num_atoms,).
         """
         out: dict[str, Tensor] = {}
@@ -91,19 +89,8 @@ class Ensemble(nn.Module):
         if self.num_members > 1:
             e = energies - self.energy_means.index_select(1, species).t()
             out[keys.ENSEMBLE_ENERGY_STD] = _std(e.unsqueeze(2))
-        return out
-
-    def node_fields(self, forces: Tensor) -> list[Tensor]:
-        """Per-atom fields of sums over the edges of an atom, each (num_atoms,).
-
-        Args:
-            forces: (num_atoms, 3 * num_members), eV/Å, of all edges that end at the atom, also of
-                those that another process evaluates.
-        """
-        out: list[Tensor] = []
-        if self.num_members > 1:
             f = forces.reshape(forces.shape[0], self.num_members, 3)
-            out.append(self.force_factor * _std(f))
+            out[keys.ENSEMBLE_FORCE_STD] = self.force_factor * _std(f)
         return out
 
     def forward(
@@ -117,12 +104,10 @@ class Ensemble(nn.Module):
         gradients = torch.cat([of_one.pop(keys.EDGE_GRADIENTS) for of_one in found], 1)
         out = combine(energies, gradients)
         if with_fields:
-            num_owned = energies.shape[0]
-            out.update(self.fields(found, energies, inputs[keys.SPECIES][:num_owned]))
-            if self.num_members > 1:
-                num_nodes = inputs[keys.SPECIES].shape[0]
-                forces = edge_forces(inputs[keys.EDGE_INDEX], gradients.double(), num_nodes)
-                out[keys.ENSEMBLE_FORCE_STD] = self.node_fields(forces[:num_owned])[0]
+            num_owned, num_nodes = energies.shape[0], inputs[keys.SPECIES].shape[0]
+            forces = edge_forces(inputs[keys.EDGE_INDEX], gradients.double(), num_nodes)
+            species = inputs[keys.SPECIES][:num_owned]
+            out.update(self.fields(found, energies, forces[:num_owned], species))
         return out
 
 

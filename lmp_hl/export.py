@@ -54,7 +54,7 @@ class ExportedPotential(nn.Module):
         dtype = next(first.parameters()).dtype
         self.dtype = str(dtype).removeprefix("torch.")
         self.units = "metal"
-        self.fields = self.stages.fields + self.stages.node_field_names
+        self.fields = self.stages.fields
         self.field_units = [keys.FIELD_UNITS[field] for field in self.fields]
         self.selftest_tolerance = TOLERANCE[self.dtype]
         self.card = json.dumps(card, indent=1)

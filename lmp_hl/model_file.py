@@ -17,7 +17,7 @@ from torch import Tensor
 from . import stages
 from .runtime import BUILD_RECORD, TORCHSCRIPT_RECORD, Build, CompiledStages
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class Model:

@@ -4,7 +4,7 @@ The same forward is used in training (keep_graph), by the ASE calculator and, sc
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from . import keys, uncertainty
 from .nn.backbone import Backbone, Features
 from .nn.heads import AtomicEnergy, EnergyHead, HistogramEnergy, ScalarEnergy
 from .uncertainty.committee import CommitteeEnergy
+from .uncertainty.neighbors import neighbor_mean, neighbor_weights
 
 
 class Potential(nn.Module):
@@ -29,7 +30,10 @@ class Potential(nn.Module):
         methods: names of the uncertainty methods it carries, see lmp_hl.uncertainty.
     """
 
+    if TYPE_CHECKING:
+        methods: Any  # a ModuleDict; TorchScript knows the class of each method, mypy does not
     reference_energies: Tensor
+    shared: list[list[str]]
 
     def __init__(
         self,
@@ -72,6 +76,8 @@ class Potential(nn.Module):
         bins = num_bins if head == "hlgauss" else 0
         sizes = uncertainty.Sizes(num_scalars, channels, l_max, num_elements, bins)
         self.methods = uncertainty.make_methods(methods, sizes)
+        # of the energy head and of each method: values whose mean over the neighbours is wanted
+        self.shared = [[], *(list(method.SHARED) for method in self.uncertainty_methods())]
         self.register_buffer("reference_energies", torch.zeros(num_elements, dtype=torch.float64))
 
     def atoms(self, inputs: dict[str, Tensor]) -> tuple[Features, AtomicEnergy]:
@@ -80,14 +86,60 @@ class Potential(nn.Module):
         species = inputs[keys.SPECIES][: features.scalars.shape[0]]
         return features, self.energy_head(features.scalars, species)
 
-    def fields(
+    def values(
         self, features: Features, energy: AtomicEnergy, species: Tensor
-    ) -> dict[str, Tensor]:
-        """Every per-atom uncertainty field of the owned atoms, see field_names."""
-        out = self.energy_head.fields(energy, species)
+    ) -> list[dict[str, Tensor]]:
+        """What the energy head and each uncertainty method say of each atom by itself, (n,)."""
+        out = [self.energy_head.fields(energy, species)]
         for _, method in self.methods.items():
-            out.update(method(features, energy, species))
+            out.append(method(features, energy, species))
         return out
+
+    def shared_values(self, values: list[dict[str, Tensor]]) -> list[Tensor]:
+        """Those of the values whose mean over the neighbours is wanted."""
+        out: list[Tensor] = []
+        for names, of_one in zip(self.shared, values):  # noqa: B905  # TorchScript has no strict
+            for name in names:
+                out.append(of_one[name])
+        return out
+
+    def finish(
+        self, values: list[dict[str, Tensor]], means: list[Tensor], species: Tensor
+    ) -> dict[str, Tensor]:
+        """Every field from values and the neighbours' means of shared_values, see field_names."""
+        out = values[0].copy()
+        k, first = 1, 0
+        for _, method in self.methods.items():
+            neighbors: dict[str, Tensor] = {}
+            for name in self.shared[k]:
+                neighbors[name] = means[first]
+                first += 1
+            out.update(method.finish(values[k], neighbors, species))
+            k += 1
+        return out
+
+    def fields(
+        self,
+        features: Features,
+        energy: AtomicEnergy,
+        species: Tensor,
+        edge_index: Tensor,
+        edge_weights: Tensor,
+    ) -> dict[str, Tensor]:
+        """Every per-atom uncertainty field, see field_names.
+
+        Args:
+            features: of the atoms.
+            energy: output of the energy head.
+            species: (num_atoms,).
+            edge_index: (2, num_edges), every pair of neighbours both ways.
+            edge_weights: (num_edges,), uncertainty.neighbors.neighbor_weights.
+        """
+        values = self.values(features, energy, species)
+        means: list[Tensor] = []
+        for shared in self.shared_values(values):
+            means.append(neighbor_mean(shared, edge_index, edge_weights))
+        return self.finish(values, means, species)
 
     def total_energy(self, energy: AtomicEnergy, species: Tensor) -> Tensor:
         """Per-atom energy with the element's reference, (num_atoms,) float64, eV."""
@@ -104,7 +156,7 @@ class Potential(nn.Module):
     @torch.jit.unused
     def uncertainty_methods(self) -> list[uncertainty.Method]:
         """The uncertainty methods it carries."""
-        return [cast(uncertainty.Method, method) for method in self.methods.values()]
+        return list(self.methods.values())
 
     def forward(
         self, inputs: dict[str, Tensor], with_fields: bool = False, keep_graph: bool = False
@@ -113,7 +165,8 @@ class Potential(nn.Module):
 
         Args:
             inputs: tensors of keys.py.
-            with_fields: also return the uncertainty fields.
+            with_fields: also return the uncertainty fields; for those that depend on the
+                neighbours' values only owned neighbours count.
             keep_graph: keep gradients of gradients (training, forces that depend on a field).
 
         Returns:
@@ -136,7 +189,12 @@ class Potential(nn.Module):
             keys.EDGE_GRADIENTS: gradient,
         }
         if with_fields:
-            out.update(self.fields(features, energy, species))
+            num_edges = int(inputs[keys.LAYER_EDGES][-1])
+            edges = inputs[keys.EDGE_INDEX][:, :num_edges]
+            owned = torch.nonzero(edges[1] < species.shape[0]).squeeze(1)
+            weights = neighbor_weights(vectors.index_select(0, owned), self.backbone.radial.cutoff)
+            edges = edges.index_select(1, owned)
+            out.update(self.fields(features, energy, species, edges, weights))
         return out
 
 

@@ -18,7 +18,7 @@ from .stages import Runtime
 
 BUILD_RECORD: Final = "extra/lmp_hl_build.txt"
 TORCHSCRIPT_RECORD: Final = "extra/hl.pt"
-BUILD_FORMAT: Final = "3"
+BUILD_FORMAT: Final = "4"
 
 # flags of /proc/cpuinfo behind the names of the x86-64 psABI, which are also those of g++ -march
 _V2 = ("cx16", "lahf_lm", "pni", "popcnt", "sse4_1", "sse4_2", "ssse3")
@@ -154,7 +154,7 @@ class CompiledStages(Runtime):
     Args:
         path: of the file; its code is unpacked into TMPDIR and removed from there at the end.
         model: the TorchScript inside it, on the CPU, or what that was made from; it evaluates
-            `node_fields`, which is not worth compiling.
+            `finish`, which is not worth compiling.
         device: "cpu", "cuda" or "cuda:N".
 
     Raises:
@@ -168,7 +168,6 @@ class CompiledStages(Runtime):
         index = torch.device(device).index
         self.scripted = cast(Any, model).stages
         self.fields = list(self.scripted.fields)
-        self.node_field_names = list(self.scripted.node_field_names)
         try:
             self.models = {
                 name: loader(str(path), name, False, 1, -1 if index is None else index)
@@ -197,7 +196,11 @@ class CompiledStages(Runtime):
         """See Stages.final."""
         return self._run("final_fields" if with_fields else "final", inputs)
 
-    def node_fields(self, forces: Tensor) -> list[Tensor]:
-        """See Stages.node_fields."""
-        outputs: list[Tensor] = self.scripted.node_fields(forces.cpu())
+    def finish(
+        self, species: Tensor, energies: Tensor, carried: Tensor, sums: Tensor
+    ) -> list[Tensor]:
+        """See Stages.finish."""
+        outputs: list[Tensor] = self.scripted.finish(
+            species.cpu(), energies.cpu(), carried.cpu(), sums.cpu()
+        )
         return outputs

@@ -18,8 +18,12 @@ Inputs of a stage, in this order (n centres, m nodes, e edges):
     other layers: center_features (n, F), features (m, F), model dtype
 
 A runtime may evaluate the centres of a stage in several portions. When everything is summed up it
-takes the mean of the members for energies, forces and virials; and if `node_field_names` is not
-empty, the members' forces on each owned atom, of edges on all ranks, go through `node_fields`.
+takes the mean of the members for energies, forces and virials.
+
+Uncertainty fields are made in two steps, because some depend on what other ranks know of an atom's
+neighbours. `final` gives values of the centres and numbers of the edges; `finish` makes fields of
+the values and of sums over edges on all ranks: of the members' forces if K > 1, and of the edges'
+numbers at the atom that is the neighbour. Where there is neither, nothing is summed.
 """
 
 from typing import Protocol
@@ -29,29 +33,30 @@ from torch import Tensor, nn
 
 from . import keys
 from .ensemble import Ensemble, combine
-from .potential import edge_forces
+from .potential import Potential, edge_forces
+from .uncertainty.neighbors import neighbor_weights, weighted_mean
 
 
 class Stages(nn.Module):
     """The stages of an ensemble.
 
     Attributes:
-        fields: names of what `final` returns after the gradients, in that order.
-        node_field_names: names of what `node_fields` returns.
+        fields: names of what `finish` returns, in that order.
         num_members: K.
         num_layers: 1 strictly local, more message passing.
         num_features: F.
+        num_shared: S, numbers that an edge carries to its neighbour: a weight, after as many
+            values times that weight as fields want the neighbours' mean of; or none.
     """
 
     fields: list[str]
-    node_field_names: list[str]
     ends: list[int]
+    value_names: list[list[list[str]]]
 
     def __init__(self, ensemble: Ensemble) -> None:
         super().__init__()
         self.ensemble = ensemble
         self.fields = [keys.ENERGY, *ensemble.field_names()]
-        self.node_field_names = ensemble.node_field_names()
         self.num_members = ensemble.num_members
         backbones = [potential.backbone for potential in ensemble.potentials()]
         self.num_layers = 1 + len(backbones[0].message_layers)
@@ -59,6 +64,11 @@ class Stages(nn.Module):
         for backbone in backbones:
             self.ends.append(self.ends[-1] + backbone.num_features)
         self.num_features = self.ends[-1]
+        self.cutoff = float(backbones[0].radial.cutoff)
+        self.value_names = [_value_names(potential) for potential in ensemble.potentials()]
+        shared = [names for potential in ensemble.potentials() for names in potential.shared]
+        self.num_shared = sum(len(names) for names in shared)
+        self.num_shared += self.num_shared > 0
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """The last stage without fields."""
@@ -101,12 +111,14 @@ class Stages(nn.Module):
     def final(self, inputs: list[Tensor], with_fields: bool) -> list[Tensor]:
         """Energies of the centres (n, K), float64, eV, and their sums' gradients as in layer_vjp.
 
-        With fields those follow, each (n,).
+        With fields two more, model dtype: values (n, P) for `finish`, and (e, S) what each edge
+        carries to its neighbour.
         """
         t = self.num_layers - 1
         energies: list[Tensor] = []
         found: list[list[Tensor]] = []
-        fields: list[dict[str, Tensor]] = []
+        carried: list[Tensor] = []
+        shared: list[Tensor] = []
         for k, member in enumerate(self.ensemble.members):
             mine = self._of_member(k, t, inputs, True)
             features = member.backbone.layer(t, mine)
@@ -115,20 +127,77 @@ class Stages(nn.Module):
             energies.append(member.total_energy(head, mine[0]).detach())
             if with_fields:
                 with torch.no_grad():
-                    fields.append(member.fields(features, head, mine[0]))
+                    values = member.values(features, head, mine[0])
+                    for of_one in values:
+                        carried += list(of_one.values())
+                    shared += member.shared_values(values)
         out = [torch.stack(energies, 1)]
         out += _side_by_side(found)
         if with_fields:
-            merged = self.ensemble.fields(fields, out[0], inputs[0])
-            merged[keys.ENERGY] = out[0].mean(1)
-            for name in self.fields:
-                out.append(merged[name])
+            centers, vectors = inputs[2 if t == 0 else 1][0], inputs[3 if t == 0 else 2].detach()
+            on_edges = vectors.new_zeros((vectors.shape[0], 0))
+            if len(shared) > 0:
+                shared.append(torch.ones_like(shared[0]))
+                weights = neighbor_weights(vectors, self.cutoff).unsqueeze(1)
+                on_edges = weights * torch.stack(shared, 1).index_select(0, centers)
+            if len(carried) > 0:
+                out.append(torch.stack(carried, 1))
+            else:
+                out.append(vectors.new_zeros((inputs[0].shape[0], 0)))
+            out.append(on_edges)
         return out
 
     @torch.jit.export
-    def node_fields(self, forces: Tensor) -> list[Tensor]:
-        """Fields (n,) of the members' forces on atoms, (n, 3 K) float64, eV/Å."""
-        return self.ensemble.node_fields(forces)
+    def finish(
+        self, species: Tensor, energies: Tensor, carried: Tensor, sums: Tensor
+    ) -> list[Tensor]:
+        """Every field (n,) of atoms all of whose edges have been summed up.
+
+        Args:
+            species: (n,).
+            energies: (n, K) that `final` returned.
+            carried: (n, P) that `final` returned.
+            sums: float64; the members' forces (n, 3 K) if K > 1, then (n, S) the sums of what the
+                edges to the atom carry.
+        """
+        columns = carried.unbind(1)
+        at, first = 0, 3 * self.num_members if self.num_members > 1 else 0
+        shared = first
+        fields: list[dict[str, Tensor]] = []
+        for k, member in enumerate(self.ensemble.members):
+            values: list[dict[str, Tensor]] = []
+            for names in self.value_names[k]:
+                of_one: dict[str, Tensor] = {}
+                for name in names:
+                    of_one[name] = columns[at]
+                    at += 1
+                values.append(of_one)
+            means: list[Tensor] = []
+            for value in member.shared_values(values):
+                total, weight = sums[:, shared].to(value.dtype), sums[:, -1].to(value.dtype)
+                means.append(weighted_mean(value, total, weight))
+                shared += 1
+            fields.append(member.finish(values, means, species))
+        merged = self.ensemble.fields(fields, energies, sums[:, :first], species)
+        merged[keys.ENERGY] = energies.mean(1)
+        return [merged[name] for name in self.fields]
+
+
+def _value_names(potential: Potential) -> list[list[str]]:
+    """Names of what Potential.values returns."""
+    references = potential.reference_energies
+    none = references.new_zeros(0, dtype=torch.int64)
+    layers = torch.zeros(1 + len(potential.backbone.message_layers), dtype=torch.int64)
+    vectors = references.new_zeros((0, 3), dtype=next(potential.parameters()).dtype)
+    inputs = {
+        keys.SPECIES: none,
+        keys.EDGE_INDEX: none.reshape(2, 0),
+        keys.EDGE_VECTORS: vectors,
+        keys.LAYER_NODES: layers,
+        keys.LAYER_EDGES: layers,
+    }
+    features, energy = potential.atoms(inputs)
+    return [list(of_one) for of_one in potential.values(features, energy, none)]
 
 
 def _gradients(output: Tensor, weights: Tensor | None, wanted: list[Tensor]) -> list[Tensor]:
@@ -150,7 +219,6 @@ class Runtime(Protocol):
     """Whatever evaluates stages: `Stages` itself, scripted, or compiled for one device."""
 
     fields: list[str]
-    node_field_names: list[str]
 
     def layer(self, t: int, inputs: list[Tensor]) -> Tensor:
         """See Stages.layer."""
@@ -161,8 +229,10 @@ class Runtime(Protocol):
     def final(self, inputs: list[Tensor], with_fields: bool) -> list[Tensor]:
         """See Stages.final."""
 
-    def node_fields(self, forces: Tensor) -> list[Tensor]:
-        """See Stages.node_fields."""
+    def finish(
+        self, species: Tensor, energies: Tensor, carried: Tensor, sums: Tensor
+    ) -> list[Tensor]:
+        """See Stages.finish."""
 
 
 def evaluate(runtime: Runtime, inputs: dict[str, Tensor], with_fields: bool) -> dict[str, Tensor]:
@@ -188,7 +258,7 @@ def evaluate(runtime: Runtime, inputs: dict[str, Tensor], with_fields: bool) -> 
     found = runtime.final(stage_inputs[-1], with_fields)
     num_gradients = 1 if num_layers == 1 else 3
     energies = found[0]
-    fields = found[1 + num_gradients :]
+    for_fields = found[1 + num_gradients :]
     found = found[1 : 1 + num_gradients]
     gradients = found[0].new_zeros((inputs[keys.EDGE_VECTORS].shape[0], found[0].shape[1]))
     for t in range(num_layers - 1, -1, -1):
@@ -200,9 +270,13 @@ def evaluate(runtime: Runtime, inputs: dict[str, Tensor], with_fields: bool) -> 
 
     out = combine(energies, gradients)
     if with_fields:
+        carried, on_edges = for_fields
+        edge_index, num_owned = inputs[keys.EDGE_INDEX], len(energies)
+        sums = on_edges.new_zeros((len(species), on_edges.shape[1]), dtype=torch.float64)
+        sums.index_add_(0, edge_index[1, : len(on_edges)], on_edges.double())
+        if energies.shape[1] > 1:
+            forces = edge_forces(edge_index, gradients.double(), len(species))
+            sums = torch.cat([forces, sums], 1)
+        fields = runtime.finish(species[:num_owned], energies, carried, sums[:num_owned])
         out.update(zip(runtime.fields, fields, strict=True))
-        if runtime.node_field_names:
-            forces = edge_forces(inputs[keys.EDGE_INDEX], gradients.double(), len(species))
-            found = runtime.node_fields(forces[: len(energies)])
-            out.update(zip(runtime.node_field_names, found, strict=True))
     return out

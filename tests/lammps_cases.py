@@ -44,7 +44,7 @@ class AnalyticModel(torch.nn.Module):
 
     def __init__(self, num_layers: int, dtype: str = "float64"):
         super().__init__()
-        self.format_version = 3
+        self.format_version = 4
         self.elements = ELEMENTS
         self.masses = MASSES
         self.cutoff = CUTOFF
@@ -100,7 +100,6 @@ class AnalyticModel(torch.nn.Module):
 class AnalyticStages(torch.nn.Module):
     """The same potential as the plugin evaluates it, stage by stage (lmp_hl/stages.py)."""
 
-    node_field_names: list[str]
     refused: int  # number of centres for which it fails, to see what becomes of such a failure
 
     def __init__(self, num_layers: int, dtype: str):
@@ -110,7 +109,7 @@ class AnalyticStages(torch.nn.Module):
         self.num_members = 1
         self.cutoff = CUTOFF
         self.refused = -1
-        self.node_field_names = []
+        self.num_shared = 0
         kind = getattr(torch, dtype)
         self.register_buffer("weight", torch.tensor([1.0, 0.6], dtype=kind))
         self.register_buffer("depth", torch.tensor([1.3, 0.9], dtype=kind))
@@ -160,9 +159,15 @@ class AnalyticStages(torch.nn.Module):
             assert gradient is not None
             out.append(gradient)
         if with_fields:
-            out.append(torch.log(1 + rho).detach())
-            out.append((moment**2).sum(1).sqrt().detach())
+            out.append(torch.stack([torch.log(1 + rho), (moment**2).sum(1).sqrt()], 1).detach())
+            out.append(out[1][:, :0])
         return out
+
+    @torch.jit.export
+    def finish(
+        self, species: Tensor, energies: Tensor, carried: Tensor, sums: Tensor
+    ) -> list[Tensor]:
+        return carried.unbind(1)
 
 
 def export(path: Path, num_layers: int, dtype: str = "float64", **changes: object) -> Path:

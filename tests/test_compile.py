@@ -134,7 +134,7 @@ def test_archive_holds_what_the_plugin_reads(compiled_models, scripted_models, t
     lines = reader.get_record("extra/lmp_hl_build.txt").decode().splitlines()
     keys_of_lines = [line.split(" ")[0] for line in lines]
     assert keys_of_lines == ["format", "torch", "device", "device_name", "cpu_features"]
-    assert lines[:3] == ["format 3", f"torch {torch.__version__}", "device cpu"]
+    assert lines[:3] == ["format 4", f"torch {torch.__version__}", "device cpu"]
     inner = tmp_path / "inner.pt"
     inner.write_bytes(reader.get_record("extra/hl.pt"))
     assert "AOTInductor" in model_file.load(inner).card["runtime"]
@@ -195,7 +195,7 @@ def test_another_build_of_the_same_torch_is_accepted(compiled_models, tmp_path):
 
 
 def test_newer_build_record_is_refused(compiled_models, tmp_path):
-    text = build_of(compiled_models["mp"]).text().replace("format 3", "format 4")
+    text = build_of(compiled_models["mp"]).text().replace("format 4", "format 5")
     other = rewritten(compiled_models["mp"], tmp_path / "hl.pt2", build=text.encode())
     with pytest.raises(ValueError, match="newer lmp-hl than this; update"):
         model_file.load(other)

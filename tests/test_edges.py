@@ -31,12 +31,9 @@ def probe(vectors: Tensor, centers: Tensor, neighbor_species: Tensor, num_atoms:
 class ProbeStages(torch.nn.Module):
     """A model without energy whose fields are what it sees."""
 
-    node_field_names: list[str]
-
     def __init__(self):
         super().__init__()
-        self.num_features, self.num_members = 0, 1
-        self.node_field_names = []
+        self.num_features, self.num_members, self.num_shared = 0, 1, 0
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         return self.final(inputs, False)
@@ -47,9 +44,14 @@ class ProbeStages(torch.nn.Module):
         fields = probe(inputs[3], centers, inputs[1][neighbors], len(inputs[0]))
         out = [torch.zeros_like(fields[:, :1]), torch.zeros_like(inputs[3])]
         if with_fields:
-            for k in range(fields.shape[1]):
-                out.append(fields[:, k])
+            out += [fields, inputs[3][:, :0]]
         return out
+
+    @torch.jit.export
+    def finish(
+        self, species: Tensor, energies: Tensor, carried: Tensor, sums: Tensor
+    ) -> list[Tensor]:
+        return carried.unbind(1)
 
     @torch.jit.export
     def layer(self, t: int, inputs: list[Tensor]) -> Tensor:
@@ -73,7 +75,7 @@ class Probe(torch.nn.Module):
     def __init__(self, cutoff: float):
         super().__init__()
         self.stages = ProbeStages()
-        self.format_version, self.num_layers = 3, 1
+        self.format_version, self.num_layers = 4, 1
         self.elements, self.masses = ELEMENTS, MASSES
         self.cutoff, self.dtype, self.units, self.card = cutoff, "float64", "metal", "{}"
         self.fields, self.field_units = PROBES, ["1"] * len(PROBES)

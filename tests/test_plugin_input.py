@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "text.pt").write_text("this is no model\n")
     (path / "folder.pt").mkdir()
     torch.save({"weights": torch.ones(3)}, path / "weights.pt")
-    export(path / "newer.pt", 1, format_version=4)
+    export(path / "newer.pt", 1, format_version=5)
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(path / "foreign.pt"))
     export(path / "limited.pt", 1, refused=27)
     model = torch.jit.load(str(good))
@@ -91,7 +91,7 @@ BAD_INPUT = {
     "text file": (["pair_style mliap model text.pt"], ["text.pt", "not a TorchScript", "export"]),
     "weights only": (["pair_style mliap model weights.pt"], ["weights.pt", "not a TorchScript"]),
     "foreign module": (["pair_style hlgauss model foreign.pt"], ["foreign.pt", "format_version"]),
-    "newer format": (["pair_style mliap model newer.pt"], ["version 3", "newer", "update lmp-hl"]),
+    "newer format": (["pair_style mliap model newer.pt"], ["version 4", "newer", "update lmp-hl"]),
     "changed numbers": (["pair_style mliap model changed.pt"], ["self-test", "'energy' differs"]),
     "no such device": (
         ["pair_style mliap model hl.pt device gpu"],

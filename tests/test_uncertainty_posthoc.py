@@ -86,7 +86,8 @@ def fitted():
 
 
 def fields_of(potential, atoms):
-    return potential.fields(atoms.features, atoms.energy, atoms.species)
+    edges = atoms.edge_index, atoms.edge_weights
+    return potential.fields(atoms.features, atoms.energy, atoms.species, *edges)
 
 
 def evaluate(potential, structure, layers=1):
@@ -138,7 +139,7 @@ def test_fields_grow_without_bound_away_from_the_data_and_sizes_in_proportion(fi
     for t in (10.0, 100.0, 1000.0, 2000.0):
         features = Features(start.features.scalars + t * along, start.features.tensors)
         energy = potential.energy_head(features.scalars, start.species)
-        values.append(potential.fields(features, energy, start.species))
+        values.append(fields_of(potential, start._replace(features=features, energy=energy)))
     near = fields_of(potential, start)
     for name in FIELDS:
         chain = [near[name], *(v[name] for v in values)]
@@ -180,13 +181,14 @@ def test_numbers_of_atoms_stay_symbols_when_the_fields_are_traced(fitted):
     """What exporting a compiled model does first, without the minutes that the rest takes."""
     potential, _, held, _ = fitted
 
-    def fields(scalars, tensors, species):
+    def fields(scalars, tensors, species, *edges):
         energy = potential.energy_head(scalars, species)
-        out = potential.fields(Features(scalars, tensors), energy, species)
+        out = potential.fields(Features(scalars, tensors), energy, species, *edges)
         return tuple(out[name] for name in FIELDS)
 
     def inputs(atoms):
-        return atoms.features.scalars, atoms.features.tensors, atoms.species
+        edges = atoms.edge_index, atoms.edge_weights
+        return atoms.features.scalars, atoms.features.tensors, atoms.species, *edges
 
     traced = make_fx(fields, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs(held))
     sixty, none = torch.arange(60), torch.arange(0)
@@ -221,7 +223,9 @@ def test_float32_keeps_the_fields(fitted):
     exact = fields_of(potential, held)
     features = Features(*(x.float() for x in held.features))
     energy = type(held.energy)(*(x.float() for x in held.energy))
-    for name, value in single.fields(features, energy, held.species).items():
+    weights = held.edge_weights.float()
+    rounded = held._replace(features=features, energy=energy, edge_weights=weights)
+    for name, value in fields_of(single, rounded).items():
         assert value.dtype == torch.float32
         # rounding of features (6e-8) times the largest whitening factor, about 1e3
         torch.testing.assert_close(value.double(), exact[name], rtol=2e-4, atol=2e-3)

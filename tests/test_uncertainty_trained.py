@@ -59,6 +59,8 @@ def random_atoms(num_atoms=40, num_frames=4, seed=0):
         torch.arange(num_atoms) * num_frames // num_atoms,
         0.1 * normal(num_atoms, 3),
         0.05 * normal(num_frames),
+        torch.zeros(2, 0, dtype=torch.int64),
+        nothing[:0],
     )
 
 
@@ -383,7 +385,8 @@ def test_partition_of_the_energy_among_elements_is_no_disagreement():
     nothing = Features(torch.zeros(40, 1), torch.zeros(9, 40, 1))
 
     def fields_of(energy):
-        atoms = Atoms(nothing, energy, species, frame, errors, totals)
+        edges = torch.zeros(2, 0, dtype=torch.int64), totals[:0]
+        atoms = Atoms(nothing, energy, species, frame, errors, totals, *edges)
         card = head.fit(atoms, atoms)
         return card["committee_raw_energy_size_ratio"], head.fields(energy, species)
 

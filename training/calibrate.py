@@ -23,11 +23,12 @@ from torch import Tensor
 from lmp_hl import __version__, evaluate, keys
 from lmp_hl.ensemble import Ensemble
 from lmp_hl.export import replace_file
-from lmp_hl.model_file import Model, load
+from lmp_hl.model_file import FORMAT_VERSION, Model, load
 from lmp_hl.nn.backbone import Features
 from lmp_hl.nn.heads import AtomicEnergy
 from lmp_hl.potential import Potential, edge_forces
 from lmp_hl.uncertainty import METHODS, Atoms, Method, Sizes, conformal
+from lmp_hl.uncertainty.neighbors import neighbor_weights
 
 from . import frames as fr
 
@@ -58,7 +59,9 @@ def calibrate(
         summary.update(method.fit(seen, held))
     potential.load_state_dict(working.state_dict())
     with torch.no_grad():
-        fields = working.fields(held.features, held.energy, held.species)
+        fields = working.fields(
+            held.features, held.energy, held.species, held.edge_index, held.edge_weights
+        )
     summary["ranking"] = _rank(fields, working.field_names(), held.errors)
     return summary
 
@@ -89,6 +92,11 @@ def recalibrate(
         raise ValueError(
             f"{model_path}: compiled code cannot be changed; calibrate the hl.pt of the same "
             "checkpoint (lmp-hl export model.ckpt hl.pt)"
+        )
+    if model.module.format_version != FORMAT_VERSION:
+        raise ValueError(
+            f"{model_path}: model format {model.module.format_version}, this lmp-hl calibrates "
+            f"format {FORMAT_VERSION}; export it again with lmp-hl export model.ckpt hl.pt"
         )
     frames = evaluate.read(data_path, model.elements, **label_keys)
     if len(frames) < conformal.MIN_FRAMES:
@@ -124,7 +132,9 @@ def recalibrate(
         for name, method in methods.items():
             for key, value in scripted[name].state_dict().items():
                 value.copy_(method.state_dict().get(key, value))
-        fields = potential.fields(found.features, found.energy, found.species)
+        fields = potential.fields(
+            found.features, found.energy, found.species, found.edge_index, found.edge_weights
+        )
     names = _field_names(model.fields, methods.values())
     for name in names:
         if name != keys.ENERGY and not bool(torch.isfinite(fields[name]).all()):
@@ -175,7 +185,6 @@ def _rewritten(model: Model, fields: list[str], card: dict[str, Any]) -> bytes:
     """Content of the file with what it says about itself made true again."""
     module = model.module
     module.card = json.dumps(card, indent=1)
-    # no ensemble, so no fields but those of the last stage
     module.fields = module.stages.fields = fields
     module.field_units = [keys.FIELD_UNITS[name] for name in fields]
     outputs = module(dict(module.selftest_inputs), True, False)
@@ -203,7 +212,9 @@ def _describe(held: Atoms) -> dict[str, Any]:
 def collect_atoms(potential: Potential | torch.jit.ScriptModule, dataset: fr.GraphDataset) -> Atoms:
     """What one forward pass leaves of every atom of a dataset, in the potential's dtype."""
     dtype = next(potential.parameters()).dtype
+    cutoff = float(potential.backbone.radial.cutoff)
     features, energies, species, errors, frame, energy_errors = [], [], [], [], [], []
+    edges, weights, before = [], [], 0
     for index, graph in enumerate(dataset):
         inputs = dict(graph)
         vectors = graph[keys.EDGE_VECTORS].to(dtype).requires_grad_(True)
@@ -218,6 +229,9 @@ def collect_atoms(potential: Potential | torch.jit.ScriptModule, dataset: fr.Gra
         errors.append(graph[fr.TARGET_FORCES].to(dtype) - forces)
         frame.append(torch.full((num_atoms,), index))
         energy_errors.append(float(graph[fr.TARGET_ENERGY] - energy.energy.detach().double().sum()))
+        edges.append(graph[keys.EDGE_INDEX] + before)
+        weights.append(neighbor_weights(vectors.detach(), cutoff))
+        before += num_atoms
     scalars, tensors = zip(*features, strict=True)
     return Atoms(
         Features(torch.cat(scalars), torch.cat(tensors, dim=1)),
@@ -226,6 +240,8 @@ def collect_atoms(potential: Potential | torch.jit.ScriptModule, dataset: fr.Gra
         torch.cat(frame),
         torch.cat(errors),
         torch.tensor(energy_errors, dtype=dtype),
+        torch.cat(edges, dim=1),
+        torch.cat(weights),
     )
 
 
@@ -270,7 +286,7 @@ def calibrate_ensemble(ensemble: Ensemble, held: fr.GraphDataset) -> dict[str, A
     ensemble.force_factor.copy_(factor)
     for z in element.unique():
         ensemble.energy_means[:, z] = energies[element == z].mean(0)
-    names = working.field_names() + working.node_field_names()
+    names = working.field_names()
     return {
         "force_factor": float(factor),
         "frames": len(held),

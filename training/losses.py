@@ -16,6 +16,7 @@ from lmp_hl.nn.heads import AtomicEnergy, HistogramEnergy
 from lmp_hl.potential import Potential, edge_forces
 from lmp_hl.uncertainty import Atoms
 from lmp_hl.uncertainty.committee import CommitteeEnergy
+from lmp_hl.uncertainty.neighbors import neighbor_weights
 
 from . import frames as fr
 
@@ -189,12 +190,15 @@ def energy_histogram(
     )
 
 
-def with_errors(prediction: Prediction, batch: dict[str, Tensor], detach: bool) -> Atoms:
+def with_errors(
+    prediction: Prediction, batch: dict[str, Tensor], cutoff: float, detach: bool
+) -> Atoms:
     """The atoms of a batch as an uncertainty method's loss sees them.
 
     Args:
         prediction: of predict.
         batch: with targets.
+        cutoff: of the potential, Å.
         detach: cut the gradients of features, energies and errors.
     """
 
@@ -210,6 +214,8 @@ def with_errors(prediction: Prediction, batch: dict[str, Tensor], detach: bool) 
         batch[fr.BATCH],
         cut(batch[fr.TARGET_FORCES] - prediction.forces),
         cut(batch[fr.TARGET_ENERGY] - prediction.energy),
+        batch[keys.EDGE_INDEX],
+        neighbor_weights(batch[keys.EDGE_VECTORS], cutoff),
     )
 
 

@@ -168,7 +168,8 @@ class PotentialModule(L.LightningModule):
             forces = losses.forces_squared(prediction, batch, chosen)
         for method in self.potential.uncertainty_methods():
             if method.trained:
-                atoms = losses.with_errors(prediction, batch, detach=not self.is_warm)
+                cutoff = self.potential.backbone.radial.cutoff
+                atoms = losses.with_errors(prediction, batch, cutoff, detach=not self.is_warm)
                 own = method.loss(atoms)
                 forces = own.forces if self.is_warm else forces + own.forces
                 if own.energy is not None:

@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..nn.backbone import Features
@@ -31,7 +32,8 @@ class Atoms(NamedTuple):
 
     features: of num_atoms atoms; energy: output of the energy head; species, frame: (num_atoms,);
     errors: (num_atoms, 3) true minus predicted force, eV/Å; energy_errors: (num_frames,) true minus
-    predicted energy, eV.
+    predicted energy, eV; edge_index (2, num_edges): pairs of neighbours, both ways, as rows of all
+    these atoms; edge_weights (num_edges,): see neighbors.py.
     """
 
     features: Features
@@ -40,6 +42,8 @@ class Atoms(NamedTuple):
     frame: Tensor
     errors: Tensor
     energy_errors: Tensor
+    edge_index: Tensor
+    edge_weights: Tensor
 
     @property
     def num_frames(self) -> int:
@@ -55,16 +59,22 @@ class Atoms(NamedTuple):
             self.frame,
             self.errors.double(),
             self.energy_errors.double(),
+            self.edge_index,
+            self.edge_weights.double(),
         )
 
     def rows(self, index: Tensor) -> "Atoms":
-        """Some of the atoms; energy_errors stay those of all frames."""
+        """Some of the atoms and the edges among them; energy_errors stay those of all frames."""
         features = Features(self.features.scalars[index], self.features.tensors[:, index])
         e = self.energy
         tau2 = e.tau2[index] if len(e.tau2) else e.tau2
         energy = AtomicEnergy(
             e.energy[index], e.anchor[index], e.logits[index], tau2, e.hidden[index]
         )
+        row_of = torch.full_like(self.species, -1)
+        row_of[index] = torch.arange(len(index), device=index.device)
+        edges = row_of[self.edge_index]
+        kept = (edges >= 0).all(0)
         return Atoms(
             features,
             energy,
@@ -72,6 +82,8 @@ class Atoms(NamedTuple):
             self.frame[index],
             self.errors[index],
             self.energy_errors,
+            edges[:, kept],
+            self.edge_weights[kept],
         )
 
 
@@ -95,13 +107,38 @@ class Method(nn.Module):
     """
 
     FIELDS: ClassVar[tuple[str, ...]]  # names of keys.py, in the order of the model file
+    SHARED: ClassVar[tuple[str, ...]] = ()  # values whose mean over the neighbours `finish` wants
     trained: ClassVar[bool] = False
 
     def forward(
         self, features: Features, energy: AtomicEnergy, species: Tensor
     ) -> dict[str, Tensor]:
-        """Features, energy-head output and species of atoms -> every field of FIELDS, (n,)."""
+        """Values of atoms, (n,) each, from what is known of each atom by itself.
+
+        Args:
+            features: of the backbone.
+            energy: output of the energy head.
+            species: (n,).
+
+        Returns:
+            The fields of FIELDS, or whatever `finish` makes them of; always the same names.
+        """
         raise NotImplementedError
+
+    def finish(
+        self, values: dict[str, Tensor], neighbors: dict[str, Tensor], species: Tensor
+    ) -> dict[str, Tensor]:
+        """Fields of atoms from their values and the means over their neighbours.
+
+        Args:
+            values: what `forward` returned.
+            neighbors: of the values named in SHARED, weighted_mean of neighbors.py.
+            species: (n,).
+
+        Returns:
+            Every field of FIELDS, (n,).
+        """
+        return values
 
     def fit(self, seen: Atoms, held: Atoms) -> dict[str, Any]:
         """Fit to frozen features, in float64 on the CPU.
