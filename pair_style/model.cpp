@@ -188,8 +188,8 @@ public:
     torch::jit::Module stages = module.attr("stages").toModule();
     about.num_members = (int) stages.attr("num_members").toInt();
     about.num_features = (int) stages.attr("num_features").toInt();
-    num_node_fields = stages.attr("node_field_names").toListRef().size();
-    about.node_fields = num_node_fields > 0;
+    num_shared = stages.attr("num_shared").toInt();
+    about.num_sums = (about.num_members > 1 ? 3 * about.num_members : 0) + (int) num_shared;
     dtype = about.dtype == "float64" ? torch::kFloat64 : torch::kFloat32;
     if (budget == 0.0) budget = device.is_cpu() ? MIB * runtime->portion() : HUGE_VAL;
     describe(request.local_rank, request.local_ranks);
@@ -206,10 +206,9 @@ public:
     // the first calls of a scripted module are slow while it specializes: spend them here
     evaluate_copies(test, 1, 1, false);
     evaluate_copies(test, 1, 1, false);
-    Outputs outputs = evaluate_copies(test, 1, 1, true);
-    const Tensor forces =
-        on_nodes(outputs.gradients, test.centers, test.neighbors, test.species.numel());
-    for (const Tensor &field : node_fields(forces)) outputs.fields.push_back(field);
+    const Outputs outputs = evaluate_copies(test, 1, 1, true);
+    const Tensor sums = sums_on_nodes(outputs, test.centers, test.neighbors, test.species.numel());
+    const Tensors fields = finish(outputs, test.species, sums);
     for (const auto &item : dict("selftest_outputs")) {
       const std::string key = item.key();
       const auto field = std::find(about.fields.begin(), about.fields.end(), key);
@@ -219,7 +218,7 @@ public:
       else if (key == "edge_gradients")
         found = of_mean(outputs.gradients);
       else if (field != about.fields.end())
-        found = outputs.fields.at(field - about.fields.begin());
+        found = fields.at(field - about.fields.begin());
       else
         return "its output has no '" + key + "'";
       const Tensor want = item.value().to(torch::kCPU, torch::kFloat64);
@@ -279,7 +278,8 @@ public:
 private:
   struct Outputs {
     Tensor energies, gradients;    // (num_owned, num_members), (num_edges, 3 * num_members)
-    Tensors fields;                // those of the last stage
+    // with fields, of the last stage: values of atoms, and what its edges carry to the neighbours
+    Tensor carried, on_edges;
   };
 
   /// Copies of the self-test's structure side by side, every edge `repeat` times.
@@ -375,11 +375,11 @@ private:
         down.add(zeros(9).index_add_(0, neighbors, order({0, 4, 8, 1, 2, 5, 3, 6, 7})),
                  result.centroid_virials);
     }
-    Tensors fields = found.fields;
-    if (request.fields && num_node_fields > 0) {
-      const Tensor forces = on_nodes(found.gradients, centers, neighbors, num_nodes);
-      for (const Tensor &field : node_fields(gathered(forces, graph.num_owned(), exchange)))
-        fields.push_back(field);
+    Tensors fields;
+    if (request.fields) {
+      Tensor sums = sums_on_nodes(found, centers, neighbors, num_nodes);
+      if (about.num_sums > 0) sums = gathered(sums, graph.num_owned(), exchange);
+      fields = finish(found, species, sums);
     }
     result.fields.resize(fields.size());
     for (size_t k = 0; k < fields.size(); k++) down.add(fields[k], result.fields[k]);
@@ -418,8 +418,7 @@ private:
     out.energies = torch::zeros({layer_nodes[last], num_members}, of_atoms);
     out.gradients = torch::zeros({vectors.size(0), 3 * num_members}, vectors.options());
     if (with_fields)
-      for (size_t k = 0; k < about.fields.size() - num_node_fields; k++)
-        out.fields.push_back(torch::zeros({layer_nodes[last]}, of_atoms));
+      out.on_edges = torch::empty({layer_edges[last], num_shared}, vectors.options());
     Tensor gradients = last > 0 ? torch::zeros_like(features) : Tensor();
     in_portions(
         stages[last], meter,
@@ -431,10 +430,12 @@ private:
             gradients.slice(0, begin, end).add_(found.at(2));
             gradients.add_(found.at(3));
           }
-          for (size_t k = 0; k < out.fields.size(); k++)
-            out.fields[k]
-                .slice(0, begin, end)
-                .copy_(found.at(found.size() - out.fields.size() + k));
+          if (!with_fields) return;
+          const Tensor &carried = found.at(found.size() - 2);
+          if (begin == 0)
+            out.carried = torch::empty({layer_nodes[last], carried.size(1)}, carried.options());
+          out.carried.slice(0, begin, end).copy_(carried);
+          out.on_edges.slice(0, first, stop).copy_(found.back());
         });
 
     for (int t = last - 1; t >= 0; t--) {
@@ -472,11 +473,25 @@ private:
         .index_add_(0, neighbors, -g);
   }
 
-  /// Fields of the members' forces on the owned atoms.
-  Tensors node_fields(const Tensor &forces)
+  /// What fields need of the edges that end at a node, (num_nodes, num_sums): the members' forces,
+  /// then what edges carry to their neighbour.
+  Tensor sums_on_nodes(const Outputs &outputs, const Tensor &centers, const Tensor &neighbors,
+                       int64_t num_nodes) const
   {
-    if (num_node_fields == 0) return {};
-    return module.attr("stages").toModule().run_method("node_fields", forces).toTensorVector();
+    const Tensor carried = outputs.on_edges.to(torch::kFloat64);
+    const Tensor sums = torch::zeros({num_nodes, num_shared}, carried.options())
+                            .index_add_(0, neighbors.slice(0, 0, carried.size(0)), carried);
+    if (about.num_members == 1) return sums;
+    return torch::cat({on_nodes(outputs.gradients, centers, neighbors, num_nodes), sums}, 1);
+  }
+
+  /// Every field of the owned atoms.
+  Tensors finish(const Outputs &outputs, const Tensor &species, const Tensor &sums)
+  {
+    const int64_t num_owned = outputs.energies.size(0);
+    if (num_owned == 0) return Tensors(about.fields.size(), outputs.energies.flatten());
+    return runtime->finish({species.slice(0, 0, num_owned), outputs.energies, outputs.carried,
+                            sums.slice(0, 0, num_owned)});
   }
 
   /// Features of the owned atoms -> of all nodes.
@@ -544,7 +559,7 @@ private:
   static constexpr double MIB = 1024.0 * 1024.0;
 
   ModelInfo about;
-  size_t num_node_fields;    // the last of about.fields
+  int64_t num_shared;    // numbers that an edge carries to its neighbour for fields
   torch::jit::Module module;
   std::unique_ptr<Runtime> runtime;
   torch::Device device;
@@ -629,9 +644,8 @@ Model *load(const LoadRequest &request, std::string &error)
       return nullptr;
     }
   module.eval();
-  const int num_layers = (int) module.attr("num_layers").toInt();
   auto runtime =
-      compiled ? compiled_runtime(bytes, num_layers, *device, error) : scripted_runtime(module);
+      compiled ? compiled_runtime(bytes, module, *device, error) : scripted_runtime(module);
   if (!runtime) return nullptr;
   auto model = std::make_unique<TorchModel>(module, std::move(runtime), *device, request);
   const std::string difference = model->self_test();

@@ -12,7 +12,7 @@
 
 namespace HLGauss {
 
-constexpr int MODEL_FORMAT_VERSION = 3;    // the format_version of hl.pt this code reads
+constexpr int MODEL_FORMAT_VERSION = 4;    // the format_version of hl.pt this code reads
 
 struct ModelInfo {
   std::vector<std::string> elements;
@@ -26,7 +26,7 @@ struct ModelInfo {
   std::string runtime;                     // e.g. "TorchScript, torch 2.13.0"
   int num_members;                         // of an ensemble; 1: a single potential
   int num_features;                        // of an atom, between two layers; 0 if strictly local
-  bool node_fields;                        // some fields need sums over all edges of an atom
+  int num_sums;                            // per atom, over its edges on all ranks, for fields
   std::string device;                      // e.g. "cpu" or "cuda:0 (NVIDIA H200)"
   std::string warning;                     // one line about versions or a shared device, or empty
 };
@@ -81,8 +81,7 @@ public:
   virtual const ModelInfo &info() const = 0;
 
   /// Fills `result`; false with a one-line `error` if the model failed. Throws nothing. The
-  /// exchange is used between layers if that was asked for, and for fields if there are
-  /// node_fields.
+  /// exchange is used between layers if that was asked for, and for fields if they need sums.
   virtual bool evaluate(const Graph &graph, const Request &request, Exchange &exchange,
                         Evaluation &result, std::string &error) = 0;
 };

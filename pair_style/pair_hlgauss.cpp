@@ -155,7 +155,7 @@ void PairHLGauss::settings(int narg, char **arg)
   // hybrid reads these right after the settings of its styles
   const bool between_layers = model->info().num_layers > 1 && exchange_features;
   comm_forward = between_layers ? FeatureExchange::SLICE : 0;
-  comm_reverse = between_layers || model->info().node_fields ? FeatureExchange::SLICE : 0;
+  comm_reverse = between_layers || model->info().num_sums > 0 ? FeatureExchange::SLICE : 0;
 }
 
 std::string PairHLGauss::read_model_file()
@@ -518,7 +518,7 @@ void PairHLGauss::evaluate()
   const auto num_owned = (size_t) nodes.graph.num_owned();
   const HLGauss::Request request = {comm_forward > 0, with_fields, vflag_global != 0,
                                     vflag_atom != 0, cvflag_atom != 0};
-  if (comm_forward > 0 || (with_fields && model->info().node_fields))
+  if (comm_forward > 0 || (with_fields && model->info().num_sums > 0))
     exchange.prepare(comm, this, nodes.atoms, num_owned, atom->nlocal + atom->nghost);
   std::string problem;
   if (!model->evaluate(nodes.graph, request, exchange, result, problem))

@@ -22,6 +22,12 @@ namespace {
 constexpr const char *SCRIPT_RECORD = "extra/hl.pt";
 constexpr const char *BUILD_RECORD = "extra/lmp_hl_build.txt";
 
+Tensors run_finish(torch::jit::Module &stages, const Tensors &inputs)
+{
+  return stages.run_method("finish", inputs.at(0), inputs.at(1), inputs.at(2), inputs.at(3))
+      .toTensorVector();
+}
+
 class ScriptedRuntime : public Runtime {
 public:
   explicit ScriptedRuntime(const torch::jit::Module &module) :
@@ -43,6 +49,8 @@ public:
   {
     return stages.run_method("final", list(inputs), with_fields).toTensorVector();
   }
+
+  Tensors finish(const Tensors &inputs) override { return run_finish(stages, inputs); }
 
   std::string name() const override { return "TorchScript"; }
   double portion() const override { return 32.0; }    // fewer atoms, and calls cost more than work
@@ -88,11 +96,14 @@ class CompiledRuntime : public Runtime {
   using Loader = torch::inductor::AOTIModelPackageLoader;
 
 public:
-  CompiledRuntime(const std::string &bytes, int num_layers, torch::Device device)
+  CompiledRuntime(const std::string &bytes, const torch::jit::Module &module,
+                  torch::Device device) :
+      stages(module.attr("stages").toModule())
   {
+    const int64_t num_layers = stages.attr("num_layers").toInt();
     const TemporaryFile file(bytes);
     std::vector<std::string> names = {"final", "final_fields"};
-    for (int t = 0; t < num_layers - 1; t++)
+    for (int64_t t = 0; t < num_layers - 1; t++)
       for (const char *suffix : {"", "_vjp"}) names.push_back("layer" + std::to_string(t) + suffix);
     for (const std::string &stage : names)
       loaders.emplace(stage, std::make_unique<Loader>(file.path, stage, device.is_cpu(), 1,
@@ -116,10 +127,14 @@ public:
     return loaders.at(with_fields ? "final_fields" : "final")->run(inputs);
   }
 
+  // a few operations per atom: not worth compiling
+  Tensors finish(const Tensors &inputs) override { return run_finish(stages, inputs); }
+
   std::string name() const override { return "AOTInductor"; }
   double portion() const override { return 8.0; }
 
 private:
+  torch::jit::Module stages;
   std::map<std::string, std::unique_ptr<Loader>> loaders;
 };
 
@@ -217,13 +232,14 @@ bool is_compiled(const std::string &bytes, std::string &script)
   return true;
 }
 
-std::unique_ptr<Runtime> compiled_runtime(const std::string &bytes, int num_layers,
-                                          torch::Device device, std::string &error)
+std::unique_ptr<Runtime> compiled_runtime(const std::string &bytes,
+                                          const torch::jit::Module &module, torch::Device device,
+                                          std::string &error)
 {
   std::istringstream stream(bytes);
   error = misfit(record(*open_archive(stream), BUILD_RECORD), device);
   if (!error.empty()) return nullptr;
-  return std::make_unique<CompiledRuntime>(bytes, num_layers, device);
+  return std::make_unique<CompiledRuntime>(bytes, module, device);
 }
 
 }    // namespace HLGauss

@@ -19,6 +19,7 @@ public:
   virtual at::Tensor layer(int t, const Tensors &inputs) = 0;
   virtual Tensors layer_vjp(int t, const Tensors &inputs, const at::Tensor &gradients) = 0;
   virtual Tensors final(const Tensors &inputs, bool with_fields) = 0;
+  virtual Tensors finish(const Tensors &inputs) = 0;
   virtual std::string name() const = 0;
   /// MiB of tensors at once with which it is fastest on a CPU.
   virtual double portion() const = 0;
@@ -34,8 +35,10 @@ std::unique_ptr<Runtime> scripted_runtime(const torch::jit::Module &module);
 bool is_compiled(const std::string &bytes, std::string &script);
 
 /// Compiled stages, or nullptr with a one-line `error` when they were made for another machine.
-std::unique_ptr<Runtime> compiled_runtime(const std::string &bytes, int num_layers,
-                                          torch::Device device, std::string &error);
+/// `module` is the hl.pt inside the archive, on the device.
+std::unique_ptr<Runtime> compiled_runtime(const std::string &bytes,
+                                          const torch::jit::Module &module, torch::Device device,
+                                          std::string &error);
 
 }    // namespace HLGauss
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import CUTOFF, ELEMENTS, calibrated, make_card, make_potential, make_structure
 from lammps_cases import edges as brute_force_edges
+from lammps_cases import read_dump, run_lammps
 from test_agreement import SYSTEMS, structure
 from torch import Tensor
 
-from lmp_hl import keys, model_file, stages, uncertainty
+from lmp_hl import HLCalculator, keys, model_file, stages, uncertainty
 from lmp_hl.ensemble import Ensemble
 from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
@@ -235,3 +236,72 @@ def test_older_model_files_are_not_calibrated(tmp_path):
     assert model_file.load(path).module.format_version == 3  # still evaluated
     with pytest.raises(ValueError, match="model format 3, this lmp-hl calibrates format 4; export"):
         recalibrate(path, tmp_path / "data.xyz")
+
+
+# LAMMPS -------------------------------------------------------------------------------------------
+CASE = """
+clear
+units metal
+boundary {boundary}
+box tilt large
+read_data {name}.data
+pair_style mliap model {model}.pt {options}
+pair_coeff * * {elements} NULL
+compute u all hlgauss/atom {fields}
+run 0
+write_dump all custom {out} id fx fy fz c_u[*] modify format float %.17g
+"""
+# model, structure, options of the pair style; one rank of several has no atoms of the cluster
+RUNS = [
+    ("local", "large", ""),
+    ("local", "large", "edges device memory 0.05"),
+    ("local", "small_cell", ""),
+    ("local", "cluster", ""),
+    ("local", "isolated", ""),
+    ("mp", "large", "memory 0.05"),
+    ("mp", "large", "comm extended"),
+    ("mp", "small_cell", ""),
+    ("mp", "small_cell", "edges device comm extended"),
+    ("mp", "cluster", ""),
+    ("ensemble", "large", ""),
+    ("ensemble", "small_cell", "memory 0.05"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(with_shared, tmp_path_factory):
+    path = tmp_path_factory.mktemp("neighbors")
+    models = {preset: with_shared(preset) for preset in ("local", "mp")}
+    models["ensemble"] = Ensemble([with_shared(seed=0), with_shared(seed=1, methods=("shared",))])
+    for name, potential in models.items():
+        export_potential(potential, SYMBOLS, make_card(), path / f"{name}.pt")
+    for name in {name for _, name, _ in RUNS}:
+        SYSTEMS[name].write(path / f"{name}.data")
+    return path
+
+
+@pytest.mark.parametrize(
+    "ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4))]
+)
+def test_lammps_equals_python(folder, ranks):
+    script = ""
+    for k, (model, name, options) in enumerate(RUNS):
+        script += CASE.format(
+            boundary=" ".join("p" if p else "f" for p in SYSTEMS[name].periodic),
+            name=name,
+            model=model,
+            options=options,
+            elements=" ".join(SYMBOLS),
+            fields=" ".join(FIELDS),
+            out=f"{k}.{ranks}.dump",
+        )
+    result = run_lammps(script, folder, ranks)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    for k, (model, name, _) in enumerate(RUNS):
+        calculator = HLCalculator(folder / f"{model}.pt")
+        calculator.calculate(structure(SYSTEMS[name]))
+        rows = read_dump(folder / f"{k}.{ranks}.dump")
+        wanted = [calculator.results[field] for field in ("forces", *FIELDS)]
+        for got, want in zip((rows[:, 1:4], *rows[:, 4:].T), wanted, strict=True):
+            scale = max(1.0, np.abs(want).max())
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-10 * scale, err_msg=RUNS[k])
