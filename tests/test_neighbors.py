@@ -280,9 +280,8 @@ def folder(with_shared, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(
-    "ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_lammps_equals_python(folder, ranks):
     script = ""
     for k, (model, name, options) in enumerate(RUNS):

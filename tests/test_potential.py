@@ -326,9 +326,11 @@ def test_owned_atoms_alone_give_the_energies_and_gradients_of_all(
     torch.testing.assert_close(got[keys.EDGE_GRADIENTS], gradient[edges], rtol=1e-8, atol=1e-10)
     unused = np.setdiff1d(np.arange(len(vectors)), edges)
     assert len(unused) > 0 and bool((gradient[unused] == 0).all())
-    fields = potential.fields(features, energy, whole[keys.SPECIES])
-    for name, values in fields.items():
-        torch.testing.assert_close(got[name], values[nodes[:4]], rtol=1e-8, atol=1e-10)
+    values = potential.values(features, energy, whole[keys.SPECIES])
+    of_part = potential.values(*potential.atoms(part), part[keys.SPECIES][:4])
+    for all_values, some_values in zip(values, of_part, strict=True):
+        for name, value in all_values.items():
+            torch.testing.assert_close(some_values[name], value[nodes[:4]], rtol=1e-8, atol=1e-10)
 
 
 # force distribution and distance -----------------------------------------------------------------
