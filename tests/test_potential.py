@@ -430,7 +430,7 @@ def fitted():
     energy = AtomicEnergy(empty[:, :0].sum(1), empty.sum(1), empty, empty.sum(1)[:0], empty)
     atoms = FrozenAtoms(
         Features(normal(600, 2), tensors), energy, species, torch.arange(600) // 10, errors,
-        normal(60),
+        normal(60), torch.zeros(2, 0, dtype=torch.int64), empty.sum(1)[:0],
     )  # fmt: skip
     head.fit(atoms, distance)
     return head, atoms, distance, expected
