@@ -17,6 +17,7 @@ from ..nn.heads import AtomicEnergy, invariants
 from . import conformal
 from .base import Atoms, Method, Sizes
 from .distance import FeatureDistance
+from .neighbors import neighbor_mean
 from .per_element import error_scale
 
 FOLDS = 4
@@ -86,11 +87,12 @@ class ForceDistribution(nn.Module):
         p(dF) = sum_k q_k N(0, (a_z r_k h g)^2 C),    sum_k q_k r_k^2 = 1
 
     q is categorical over log-spaced relative scales r_k, a_z the size of element z, C = exp(G) with
-    G the traceless symmetric tensor of degree-2 features, and g the feature distance, which carries
-    the growth away from the data that a fitted spread alone does not have. Where symmetry makes
-    forces vanish it makes their errors vanish: h = sqrt((t^2 + (f c)^2) / (t^2 + c^2)), f = FLOOR,
-    c = SYMMETRIC, t the rms of the l = 1 features over the channels, each in units of its rms in
-    the training set. Isotropic summary: force_std = sqrt(tr Sigma / 3) = a_z h g sqrt(tr C / 3).
+    G the traceless symmetric tensor of degree-2 features, and g the feature distance of the atom
+    and its neighbours (_growth), which grows away from the data as a fitted spread alone does not.
+    Where symmetry makes forces vanish it makes their errors vanish: h = sqrt((t^2 + (f c)^2) / (t^2
+    + c^2)), f = FLOOR, c = SYMMETRIC, t the rms of the l = 1 features over the channels, each in
+    units of its rms in the training set. Isotropic summary: force_std = sqrt(tr Sigma / 3) = a_z h
+    g sqrt(tr C / 3).
 
     Sizes that a network reads from the features, instead of one for each element, were tried: they
     rank no better near the data, and their rank and size are worse away from it.
@@ -137,7 +139,7 @@ class ForceDistribution(nn.Module):
         return ForceShape(g / (1.0 + norm).sqrt(), damping.sqrt())
 
     def spread(self, shape: ForceShape) -> Tensor:
-        """Of h sqrt(tr C / 3), (num_atoms,): force_std without the element's size and distance."""
+        """Of h sqrt(tr C / 3), (num_atoms,): force_std without the element's size and g."""
         return shape.damping * (self.shape_trace(shape.generator) / 3.0).sqrt()
 
     def shape_trace(self, generator: Tensor) -> Tensor:
@@ -166,14 +168,14 @@ class ForceDistribution(nn.Module):
         return log_q, self.log_scales - 0.5 * torch.logsumexp(log_q + 2.0 * self.log_scales, 0)
 
     def log_density(
-        self, shape: ForceShape, size: Tensor, distance: Tensor, errors: Tensor
+        self, shape: ForceShape, size: Tensor, growth: Tensor, errors: Tensor
     ) -> Tensor:
         """Log p(dF) of each atom.
 
         Args:
             shape: of the atoms.
             size: a_z of each, (num_atoms,), eV/Å.
-            distance: g, (num_atoms,).
+            growth: g, (num_atoms,).
             errors: (num_atoms, 3), eV/Å.
         """
         ellipsoid = spd_exponential(shape.generator)
@@ -181,7 +183,7 @@ class ForceDistribution(nn.Module):
             errors.unsqueeze(1) @ torch.linalg.solve(ellipsoid, errors.unsqueeze(2))
         ).flatten()
         log_q, log_r = self.relative()
-        log_sigma = log_r + torch.log(size * shape.damping * distance).unsqueeze(1)
+        log_sigma = log_r + torch.log(size * shape.damping * growth).unsqueeze(1)
         kernel = -0.5 * mahalanobis.unsqueeze(1) * torch.exp(-2.0 * log_sigma) - 3.0 * log_sigma
         return torch.logsumexp(log_q + kernel, 1) - 1.5 * math.log(2.0 * math.pi)
 
@@ -203,7 +205,7 @@ class ForceDistribution(nn.Module):
         # only perfect crystals among the training frames: nothing that differs is symmetric
         self.vector_rms.copy_(rms.clamp(min=1e-6 * max(float(rms.max()), 1e-6)))
 
-    def fit(self, atoms: Atoms, distance: Tensor) -> None:
+    def fit(self, atoms: Atoms, growth: Tensor) -> None:
         """Penalised maximum likelihood of the mixture and the shape.
 
         The sizes are no parameters: a likelihood hardly minds a tail that is too heavy, but
@@ -211,7 +213,7 @@ class ForceDistribution(nn.Module):
 
         Args:
             atoms: their errors are fitted.
-            distance: g, (num_atoms,).
+            growth: g, (num_atoms,).
         """
         # the mixture is weakly tied: a free weight for every scale would follow single atoms
         tied = ((self.shape_weight, PENALTY), (self.delta, 1e-2), (self.log_spread, 1e-2))
@@ -223,7 +225,7 @@ class ForceDistribution(nn.Module):
         num_elements = len(self.size)
 
         def sizes(shape: ForceShape) -> Tensor:
-            expected = distance * self.spread(shape)
+            expected = growth * self.spread(shape)
             return error_scale(expected, atoms.errors, atoms.species, num_elements)
 
         def loss() -> Tensor:
@@ -231,8 +233,8 @@ class ForceDistribution(nn.Module):
             shape = self(atoms.features.tensors)
             size = sizes(shape)[atoms.species]
             with torch.no_grad():
-                errors = _above_noise(atoms.errors, NOISE * size * distance * shape.damping)
-            value = -self.log_density(shape, size, distance, errors).mean()
+                errors = _above_noise(atoms.errors, NOISE * size * growth * shape.damping)
+            value = -self.log_density(shape, size, growth, errors).mean()
             for weight, strength in tied:
                 value = value + strength * weight.square().sum()
             value.backward()
@@ -243,6 +245,16 @@ class ForceDistribution(nn.Module):
         for parameter in parameters:
             parameter.requires_grad_(False)
         self.size.copy_(sizes(self(atoms.features.tensors)))
+
+
+def _growth(square: Tensor, of_neighbors: Tensor) -> Tensor:
+    """The g of ForceDistribution from d^2 of the atoms and the mean of d^2 over their neighbours.
+
+    Half of the variance of a force's error is taken to come from the atom's own energy and half
+    from its neighbours'. Neither half alone ranks as well; which weights the neighbours have and
+    which power is averaged hardly matters.
+    """
+    return (0.5 * (square + of_neighbors)).sqrt()
 
 
 def _above_noise(errors: Tensor, noise: Tensor) -> Tensor:
@@ -281,6 +293,8 @@ class Scales(Method):
         keys.EXTRAPOLATING,
     )
 
+    SHARED = ("square",)
+
     coverage: Tensor
     bound_factor: Tensor
     reach: Tensor
@@ -299,9 +313,20 @@ class Scales(Method):
         """See Method.forward."""
         distance = self.distance(invariants(features), species)
         force = self.force_distribution
-        std = force.size[species] * distance * force.spread(force(features.tensors))
         return {
-            keys.FORCE_ENTROPY: force.entropy(std),
+            keys.DISTANCE: distance,
+            "square": distance.square(),
+            "spread": force.size[species] * force.spread(force(features.tensors)),
+        }
+
+    def finish(
+        self, values: dict[str, Tensor], neighbors: dict[str, Tensor], species: Tensor
+    ) -> dict[str, Tensor]:
+        """See Method.finish."""
+        distance = values[keys.DISTANCE]
+        std = values["spread"] * _growth(values["square"], neighbors["square"])
+        return {
+            keys.FORCE_ENTROPY: self.force_distribution.entropy(std),
             keys.FORCE_STD: std,
             keys.FORCE_BOUND: self.bound_factor * std,
             keys.DISTANCE: distance,
@@ -352,16 +377,18 @@ class Scales(Method):
         self.distance.set_unit(held)
         force, species, tensors = self.force_distribution, held.species, held.features.tensors
         distance = self.distance(invariants(held.features), species)
+        square = distance.square()
+        growth = _growth(square, neighbor_mean(square, held.edge_index, held.edge_weights))
 
-        cross_std = torch.full_like(distance, math.nan)
+        cross_std = torch.full_like(growth, math.nan)
         if held.num_frames >= 2:
-            folds = GroupKFold(min(FOLDS, held.num_frames)).split(distance, groups=held.frame)
+            folds = GroupKFold(min(FOLDS, held.num_frames)).split(growth, groups=held.frame)
             for fit_rows, rows in folds:
-                force.fit(held.rows(torch.from_numpy(fit_rows)), distance[fit_rows])
-                spread = distance[rows] * force.spread(force(tensors[:, rows]))
+                force.fit(held.rows(torch.from_numpy(fit_rows)), growth[fit_rows])
+                spread = growth[rows] * force.spread(force(tensors[:, rows]))
                 cross_std[rows] = force.size[species[rows]] * spread
-        force.fit(held, distance)
-        std = force.size[species] * distance * force.spread(force(tensors))
+        force.fit(held, growth)
+        std = force.size[species] * growth * force.spread(force(tensors))
         force.tabulate(float(std.median()))
 
         size = held.errors.square().mean(1).sqrt()
