@@ -48,6 +48,7 @@ def with_methods(preset="local", head="hlgauss", names=NAMES):
         num_bins=32 if head == "hlgauss" else 0,
     )
     potential.methods = make_methods(names, sizes).double()
+    potential.shared = [[], *([] for _ in names)]  # none of these looks at the neighbours' values
     return potential.requires_grad_(False).eval()
 
 
