@@ -178,6 +178,25 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, tmp_path
     assert numbers(config) == numbers(finished[0])
 
 
+def test_run_stopped_while_it_calibrates_resumes_to_the_same_weights(
+    finished, tmp_path, monkeypatch
+):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    config = configure(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "calibrate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    monkeypatch.setattr(train_module, "calibrate", quick_calibration)
+    paths = (train(config, resume=True), finished[1])
+    resumed, whole = (torch.load(path, weights_only=True)["state"] for path in paths)
+    for name, value in whole.items():
+        if not name.startswith("methods."):
+            assert torch.equal(resumed[name], value), name
+
+
 def test_scalar_twin_is_the_same_until_the_histogram_is_switched_on(
     finished, tmp_path, monkeypatch
 ):

@@ -14,6 +14,7 @@ import yaml
 from lmp_hl.ensemble import Ensemble
 from lmp_hl.export import export_potential
 from lmp_hl.potential import Potential
+from lmp_hl.uncertainty import METHODS
 
 from . import frames as fr
 from .calibrate import calibrate_ensemble
@@ -79,6 +80,67 @@ def load_checkpoint(
             not fit the architecture stored with them.
     """
     path = Path(path)
+    content = _read(path)
+    config = ModelConfig(**content["model"])
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype)
+    potential = build_potential(config, len(content["elements"]))
+    try:
+        potential.load_state_dict(content["state"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: its weights do not fit its own architecture; made by another version of "
+            f"lmp-hl? ({str(error).splitlines()[1].strip()})"
+        ) from None
+    return potential.eval(), content["elements"], content["card"]
+
+
+def load_network(path: Path, config: ModelConfig, elements: Sequence[str]) -> Potential:
+    """A new potential that starts from the network of a finished run.
+
+    Uncertainty methods that are fitted after training start anew and may be others.
+
+    Args:
+        path: model.ckpt.
+        config: of the new potential.
+        elements: of the new potential.
+
+    Raises:
+        ValueError: see load_checkpoint; a network of another kind, or for other elements.
+    """
+    content = _read(path)
+    if content["elements"] != list(elements):
+        raise ValueError(
+            f"{path}: for the elements {' '.join(content['elements'])}, but this run is for "
+            f"{' '.join(elements)}; set data.elements: [{', '.join(content['elements'])}]"
+        )
+    before, after = _traits(ModelConfig(**content["model"])), _traits(config)
+    for name, value in after.items():
+        if value != before[name]:
+            raise ValueError(
+                f"{path}: has model.{name} {before[name]}, but this run {value}; a run starts from "
+                f"a network like its own"
+            )
+    potential = build_potential(config, len(elements))
+    state = potential.state_dict()
+    fresh = {f"methods.{name}." for name in config.uncertainty if not METHODS[name].trained}
+    for name in state:
+        if not any(name.startswith(prefix) for prefix in fresh):
+            state[name] = content["state"][name]
+    potential.load_state_dict(state)
+    return potential
+
+
+def _traits(config: ModelConfig) -> dict[str, Any]:
+    """What a network must have in common with one that starts from it."""
+    traits = dataclasses.asdict(config)
+    del traits["dtype"], traits["bin_width"]
+    names = config.uncertainty
+    return {**traits, "uncertainty": [name for name in names if METHODS[name].trained]}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Content of what save_checkpoint wrote, see load_checkpoint."""
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; train one with lmp-hl train CONFIG.yaml")
     try:
@@ -97,18 +159,7 @@ def load_checkpoint(
             f"{path}: checkpoint format {content['lmp_hl_checkpoint']} is newer than this lmp-hl "
             f"(reads up to {CHECKPOINT_FORMAT}); update lmp-hl"
         )
-    config = ModelConfig(**content["model"])
-    if dtype is not None:
-        config = dataclasses.replace(config, dtype=dtype)
-    potential = build_potential(config, len(content["elements"]))
-    try:
-        potential.load_state_dict(content["state"])
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path}: its weights do not fit its own architecture; made by another version of "
-            f"lmp-hl? ({str(error).splitlines()[1].strip()})"
-        ) from None
-    return potential.eval(), content["elements"], content["card"]
+    return content
 
 
 def export_checkpoint(

@@ -203,8 +203,69 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SwagConfig:
+    """Weights of the last epochs as a Gaussian, see lmp_hl.training.posterior."""
+
+    method: Literal["swag"]
+
+    members: int = 5
+    """Samples, written beside model.ckpt as member_0.ckpt ...; model.ckpt holds the mean."""
+
+    epochs: int = 25
+    """Last epochs, after each of which the weights are collected."""
+
+    learning_rate: float = 0.001
+    """Constant in those epochs; the schedule descends to it."""
+
+    rank: int = 20
+    """Deviations from the mean kept for the low-rank part of the covariance."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for name, least in (("members", 1), ("epochs", 2), ("rank", 2)):
+            value = getattr(self, name)
+            _require(value >= least, f"training.posterior.{name}", f">= {least}", value)
+        wanted = f"<= posterior.epochs ({self.epochs}), one is kept per epoch"
+        _require(self.rank <= self.epochs, "training.posterior.rank", wanted, self.rank)
+        rate = self.learning_rate
+        _require(rate > 0, "training.posterior.learning_rate", "> 0", rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IvonConfig:
+    """The IVON optimiser in the place of AdamW, see lmp_hl.training.ivon."""
+
+    method: Literal["ivon"]
+
+    members: int = 5
+    """Samples, written beside model.ckpt as member_0.ckpt ...; model.ckpt holds the mean."""
+
+    ess: float = 1e6
+    """Effective sample size: the loss times this is taken for a negative log-likelihood."""
+
+    hess_init: float = 0.1
+    """Initial value of the Hessian's diagonal, in units of the loss."""
+
+    beta2: float = 0.9995
+    """Decay per step of the Hessian's running average."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        _require(self.members >= 1, "training.posterior.members", ">= 1", self.members)
+        for name in ("ess", "hess_init"):
+            value = getattr(self, name)
+            _require(value > 0, f"training.posterior.{name}", "> 0", value)
+        beta = self.beta2
+        _require(0 < beta < 1, "training.posterior.beta2", "0 < x < 1", beta)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """The optimisation."""
+
+    init_from: Path | None = None
+    """model.ckpt of a finished run with the same network, relative to the YAML: its weights, bins
+    and reference energies are the start, and there is no warm-up; null: random weights."""
 
     epochs: int = 200
     """Passes over the training frames, the warm-up included."""
@@ -228,6 +289,10 @@ class TrainingConfig:
     gradient_clip: float = 10.0
     """Largest norm of the gradient of the loss; 0: no clipping."""
 
+    posterior: SwagConfig | IvonConfig | None = None
+    """Also learn a distribution of the weights, and write samples of it as members of an ensemble;
+    `method` chooses which (controls)."""
+
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to train; "auto": a GPU when there is one."""
 
@@ -249,6 +314,11 @@ class TrainingConfig:
         _require(0 <= self.ema_decay < 1, "training.ema_decay", "0 <= x < 1", self.ema_decay)
         threads = self.num_threads
         _require(threads is None or threads > 0, "training.num_threads", "> 0 or null", threads)
+        if isinstance(self.posterior, SwagConfig):
+            left = self.epochs - (self.warmup_epochs if self.init_from is None else 0)
+            wanted = f"<= {left}, the epochs of training after the warm-up"
+            collected = self.posterior.epochs
+            _require(collected <= left, "training.posterior.epochs", wanted, collected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,12 +442,23 @@ def _convert(wanted: Any, value: object, where: str, folder: Path) -> Any:
         return _build(typing.cast(type, wanted), content, where, folder)
     is_union = typing.get_origin(wanted) in (typing.Union, types.UnionType)
     alternatives = typing.get_args(wanted) if is_union else (wanted,)
+    sections = {
+        typing.get_args(typing.get_type_hints(kind)["method"])[0]: kind
+        for kind in alternatives
+        if dataclasses.is_dataclass(kind)
+    }
+    if sections and isinstance(value, dict):
+        method = value.get("method")
+        known = " or ".join(f"'{name}'" for name in sections)
+        if method not in sections:
+            raise _ConfigError(f"{where}.method must be {known}, got {_describe(method)}")
+        return _build(sections[method], value, where, folder)
     for kind in alternatives:
         try:
             return _convert_one(kind, value, where, folder)
         except _Mismatch:
             continue
-    expected = " or ".join(_name(kind) for kind in alternatives)
+    expected = " or ".join(dict.fromkeys(_name(kind) for kind in alternatives))
     raise _ConfigError(f"{where} must be {expected}, got {_describe(value)}")
 
 
@@ -442,6 +523,8 @@ def _name(kind: Any) -> str:
         return f"a list of {_WORDS[args[0]]}s"
     if origin is dict:
         return f"a mapping of {_WORDS[args[0]]}s to {_WORDS[args[1]]}s"
+    if dataclasses.is_dataclass(kind):
+        return "a mapping"
     return "null" if kind is type(None) else f"a {_WORDS[kind]}"
 
 

@@ -13,7 +13,7 @@ from lmp_hl.potential import Potential
 
 from . import frames as fr
 from . import losses
-from .config import ModelConfig, TrainConfig
+from .config import IvonConfig, ModelConfig, SwagConfig, TrainConfig
 from .energy_targets import energy_loss
 
 # share of the schedule in which the learning rate rises, and where it ends
@@ -69,7 +69,8 @@ class PotentialModule(L.LightningModule):
     @property
     def is_warm(self) -> bool:
         """Whether the warm-up with squared errors is over."""
-        return self.current_epoch >= self.config.training.warmup_epochs
+        training = self.config.training
+        return training.init_from is not None or self.current_epoch >= training.warmup_epochs
 
     @property
     def uses_histogram(self) -> bool:
@@ -83,29 +84,42 @@ class PotentialModule(L.LightningModule):
         return [part for part in parts if isinstance(part, HistogramEnergy)]
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a short linear rise and a cosine descent to 1 % of the learning rate."""
+        """AdamW or IVON with a short linear rise and a cosine descent of the learning rate.
+
+        It descends to 1 %, or to the constant rate at which SWAG collects.
+        """
         training = self.config.training
         shape = [p for head in self.histograms for p in head.shape_parameters()]
         chosen = {id(parameter) for parameter in shape}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in chosen]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": rest},
-                {"params": shape, "lr": SHAPE_RATE * training.learning_rate},
-            ],
-            lr=training.learning_rate,
-            weight_decay=training.weight_decay,
-            amsgrad=True,
-        )
-        total = max(1, int(self.trainer.estimated_stepping_batches))
+        groups: list[dict[str, Any]] = [
+            {"params": rest},
+            {"params": shape, "lr": SHAPE_RATE * training.learning_rate},
+        ]
+        optimizer: torch.optim.Optimizer
+        if isinstance(training.posterior, IvonConfig):
+            from .ivon import Ivon
+
+            optimizer = Ivon(groups, training, self.config.seed)
+        else:
+            optimizer = torch.optim.AdamW(
+                groups,
+                lr=training.learning_rate,
+                weight_decay=training.weight_decay,
+                amsgrad=True,
+            )
+        total, end = max(1, int(self.trainer.estimated_stepping_batches)), END
+        if isinstance(training.posterior, SwagConfig):
+            end = training.posterior.learning_rate / training.learning_rate
+            total = total * (training.epochs - training.posterior.epochs) // training.epochs
 
         def factor(step: int) -> float:
+            if step >= total:
+                return end
             done = step / total
             if done < RISE:
                 return (step + 1) / (RISE * total + 1)
-            return END + (1 - END) * 0.5 * (
-                1 + math.cos(math.pi * min(1.0, (done - RISE) / (1 - RISE)))
-            )
+            return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (done - RISE) / (1 - RISE)))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {
@@ -116,7 +130,9 @@ class PotentialModule(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Measure the bin width once the scalar warm-up is over."""
         self._sums = {}
-        if self.histograms and self.current_epoch == self.config.training.warmup_epochs:
+        training = self.config.training
+        just_warm = training.init_from is None and self.current_epoch == training.warmup_epochs
+        if self.histograms and just_warm:
             head = self.histograms[0]
             loader = self.trainer.train_dataloader
             set_bin_width(self.potential, loader, self.config.model.bin_width, self.device)

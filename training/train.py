@@ -1,6 +1,7 @@
 """One run of training, from YAML to a calibrated checkpoint."""
 
 import dataclasses
+import importlib
 import logging
 import sys
 import time
@@ -23,10 +24,11 @@ from lmp_hl.potential import Potential
 
 from . import frames as fr
 from .calibrate import calibrate
-from .checkpoint import save_checkpoint
-from .config import TrainConfig, load_config, to_yaml
+from .checkpoint import load_network, save_checkpoint
+from .config import IvonConfig, SwagConfig, TrainConfig, load_config, to_yaml
 from .module import PotentialModule, build_potential
 from .notebook import Notebook
+from .posterior import Posterior, Swag, weights_of, with_weights
 
 # as many atoms as set the scales of the features; more change nothing
 SCALE_ATOMS = 4000
@@ -42,11 +44,13 @@ def train(config_path: str | Path, resume: bool = False) -> Path:
 
     Returns:
         The checkpoint `output_dir/model.ckpt`, ready for export. Beside it: config.yaml,
-        metrics.csv, checkpoints/, tensorboard/.
+        metrics.csv, checkpoints/, tensorboard/, and with `training.posterior` its samples
+        member_0.ckpt, ...
 
     Raises:
         ValueError: bad configuration or data; a run is in `output_dir` already and `resume` is off,
             or it was made with another configuration.
+        ImportError: IVON is asked for and not installed.
     """
     config = load_config(config_path)
     out = config.output_dir
@@ -56,10 +60,18 @@ def train(config_path: str | Path, resume: bool = False) -> Path:
         torch.set_num_threads(config.training.num_threads)
     L.seed_everything(config.seed, verbose=False)
 
+    if isinstance(config.training.posterior, IvonConfig):
+        importlib.import_module("lmp_hl.training.ivon")  # a missing package is met at the door
+
     splits = fr.load_splits(config.data, config.seed)
-    baseline = baseline_energies(splits)
+    baseline, start_from = baseline_energies(splits), config.training.init_from
+    if start_from is not None:
+        potential = load_network(start_from, config.model, splits.elements)
+        energies = potential.reference_energies.tolist()
+        baseline = dict(zip(splits.elements, energies, strict=True))
     graphs = {name: _graphs(config, splits, baseline, name) for name in ("train", "valid")}
-    potential = initial_potential(config, splits.elements, baseline, graphs["train"])
+    if start_from is None:
+        potential = initial_potential(config, splits.elements, baseline, graphs["train"])
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
@@ -77,10 +89,24 @@ def train(config_path: str | Path, resume: bool = False) -> Path:
     )
     if trainer.interrupted:
         raise KeyboardInterrupt
+    for callback in [c for c in trainer.callbacks if isinstance(c, EMAWeightAveraging)]:
+        # the averaged weights; Lightning's loop ends so only if it had an epoch left to train
+        callback.on_train_end(trainer, module)
     checkpoint = out / "model.ckpt"
     if trainer.is_global_zero:
-        print("calibrating the uncertainty on the validation frames", flush=True)
         potential = module.potential.cpu().eval()
+        posterior = _posterior(config, trainer, potential)
+        if posterior is not None:
+            generator = torch.Generator().manual_seed(config.seed)
+            for k in range(config.training.posterior.members):
+                print(f"calibrating member {k}", flush=True)
+                member = with_weights(potential, posterior.sample(generator))
+                summary = calibrate(member, graphs["train"], graphs["valid"])
+                named = dataclasses.replace(config, name=f"{config.name}-member{k}")
+                path, seconds = out / f"member_{k}.ckpt", time.time() - start
+                save_checkpoint(path, member, named, splits, summary, seconds)
+            potential = with_weights(potential, posterior.mean)
+        print("calibrating the uncertainty on the validation frames", flush=True)
         summary = calibrate(potential, graphs["train"], graphs["valid"])
         size = summary.get("size_ratio")  # of the default method
         print(
@@ -133,6 +159,17 @@ def initial_potential(
     energies = torch.tensor([baseline[element] for element in elements], dtype=torch.float64)
     potential.reference_energies.copy_(energies)
     return potential
+
+
+def _posterior(config: TrainConfig, trainer: L.Trainer, potential: Potential) -> Posterior | None:
+    """What the run learnt about its weights, if it was asked to."""
+    if isinstance(config.training.posterior, SwagConfig):
+        (swag,) = [callback for callback in trainer.callbacks if isinstance(callback, Swag)]
+        return swag.moments.posterior()
+    if isinstance(config.training.posterior, IvonConfig):
+        parameters = [p for p in potential.parameters() if p.requires_grad]
+        return trainer.optimizers[0].posterior(parameters, weights_of(potential))
+    return None
 
 
 def _count(frame: fr.Frame, elements: Sequence[str]) -> list[tuple[str, int]]:
@@ -190,6 +227,8 @@ def _trainer(config: TrainConfig, out: Path) -> L.Trainer:
         callbacks.append(TQDMProgressBar(leave=False))
     if training.ema_decay > 0:
         callbacks.append(EMAWeightAveraging(decay=training.ema_decay, use_buffers=False))
+    if isinstance(training.posterior, SwagConfig):
+        callbacks.append(Swag(training.posterior))
     return L.Trainer(
         accelerator=training.accelerator,
         devices=training.devices,
