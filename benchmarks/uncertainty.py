@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +35,7 @@ import torch
 import yaml
 from provenance import provenance
 from uncertainty_data import write_noisy, write_split
-from uncertainty_rows import METHODS, ROWS, TRAININGS, Row
+from uncertainty_rows import METHODS, ROWS, TRAININGS, Row, start_of
 from uncertainty_tables import write_results
 
 from lmp_hl import evaluate, keys, metrics, uncertainty
@@ -82,6 +82,9 @@ def write_config(training: tuple[str, str, int], data: Path, out: Path) -> Path:
     section["test"] = {key: str(folder / path) for key, path in section["test"].items()}
     if str(section.get("reference_energies", "")).endswith(".xyz"):
         section["reference_energies"] = str(folder / section["reference_energies"])
+    if (before := start_of(training)) is not None:
+        folder = out / "-".join(map(str, before))
+        content["training"]["init_from"] = str(folder / "model.ckpt")
     path = out / f"{full}.yaml"
     temporary = out / f".{full}.{os.getpid()}.yaml"  # another job may read the file now
     temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -105,12 +108,18 @@ def _alone(path: Path) -> Iterator[bool]:
             yield True
 
 
-def train(training: tuple[str, str, int], data: Path, out: Path) -> None:
+def train(
+    training: tuple[str, str, int], data: Path, out: Path, before: Future[None] | None = None
+) -> None:
     """Train one network in its own process, on one thread, unless it is there.
+
+    `before` is the training whose network it starts from, if that runs too.
 
     Raises:
         ValueError: no such configuration, or the training failed; its output is in <name>.log.
     """
+    if before is not None:
+        before.result()
     config = write_config(training, data, out)
     name, folder = config.stem, config.with_suffix("")
     if (folder / "model.ckpt").is_file():
@@ -184,10 +193,12 @@ def unfitted(config: TrainConfig, methods: tuple[str, ...]) -> Eager:
     return Eager(potential, content["elements"], settings)
 
 
-def load_network(config: TrainConfig, methods: tuple[str, ...]) -> Network:
-    """The trained network with `methods` fitted anew; () leaves it as it was trained."""
+def load_network(
+    config: TrainConfig, methods: tuple[str, ...], name: str = "model.ckpt"
+) -> Network:
+    """The trained network with `methods` fitted anew; () leaves what `name` says as it is."""
     if not methods:
-        trained, elements, card = load_checkpoint(config.output_dir / "model.ckpt")
+        trained, elements, card = load_checkpoint(config.output_dir / name)
         return Network(config, Eager(trained, elements, config.model), card["calibration"], 0.0)
     model = unfitted(config, methods)
     settings = replace(config.model, uncertainty=methods)
@@ -312,7 +323,11 @@ def score(row: Row, data: Path, out: Path, num_resamples: int) -> dict[str, Any]
     if unknown:
         raise ValueError(f"no uncertainty method '{unknown[0]}' in this version")
     configs = [_trained(training, data, out) for training in row.trainings()]
-    networks = [load_network(config, method.fit) for config in configs]
+    if method.sampled:
+        names = [f"member_{k}.ckpt" for k in range(method.members)]
+        networks = [load_network(configs[-1], (), name) for name in names]
+    else:
+        networks = [load_network(config, method.fit) for config in configs]
     found = [predictions_of(network) for network in networks]
     sets = ensemble(found) if method.members > 1 else found[0]
     numbers = (
@@ -328,7 +343,7 @@ def score(row: Row, data: Path, out: Path, num_resamples: int) -> dict[str, Any]
         models, twin = [n.model for n in networks], unfitted(twin_config, ())
         inference = inference_cost(models, twin, twin_config)
         twin_seconds = _cost(twin_config, out)
-    config = configs[0]
+    config = configs[-1]
     seconds = sum(_cost(c, out) for c in configs) + sum(n.fit_seconds for n in networks)
     return {
         "row": row.name, "dataset": row.dataset, "method": row.method, "seed": row.seed,
@@ -395,8 +410,10 @@ def run(
     if not score_only:
         trainings = list(dict.fromkeys(t for row in wanted for t in row.trainings()))
         with ThreadPoolExecutor(jobs) as pool:
-            futures = {t: pool.submit(train, t, data, out) for t in trainings}
-        failed = {t: str(f.exception()) for t, f in futures.items() if f.exception() is not None}
+            futures: dict[tuple[str, str, int] | None, Future[None]] = {}
+            for t in trainings:  # a training stands after the one that it starts from
+                futures[t] = pool.submit(train, t, data, out, futures.get(start_of(t)))
+        failed = {t: str(futures[t].exception()) for t in trainings if futures[t].exception()}
     for row in wanted:
         why = next((failed[t] for t in row.trainings() if t in failed), None)
         numbers = score_or_say_why(row, data, out, num_resamples)

@@ -60,6 +60,23 @@ TRAININGS: Final[dict[str, dict[str, Any]]] = {
     "pooled_logits": {"loss": {"energy_target": "pooled_logits"}},
     "sum": {"loss": {"energy_target": "sum"}},
     "no_cross_entropy": {"loss": {"cross_entropy": 0.0}},
+    # members drawn from a distribution of the weights; SWAG goes on from the scalar twin
+    "swag": {
+        "model": {"head": "scalar"},
+        "training": {
+            "init_from": "scalar",
+            "epochs": 30,
+            "learning_rate": 0.001,
+            "posterior": {"method": "swag", "members": ENSEMBLE, "learning_rate": 0.001},
+        },
+    },
+    "ivon": {
+        "model": {"head": "scalar"},
+        "training": {
+            "learning_rate": 0.1,
+            "posterior": {"method": "ivon", "members": ENSEMBLE},
+        },
+    },
     **{name: {**SHORT, **changes} for name, (_, changes) in ABLATIONS.items()},
 }
 
@@ -70,13 +87,14 @@ class Method:
 
     about: for the table; training: key of TRAININGS; fit: uncertainty methods fitted to the trained
     network, () takes the network with those it was trained with; members: > 1 is the spread of
-    that many networks with seeds 0, 1, ...
+    that many networks with seeds 0, 1, ..., or of those `sampled` by one training.
     """
 
     about: str
     training: str
     fit: tuple[str, ...] = ()
     members: int = 1
+    sampled: bool = False
 
 
 METHODS: Final[dict[str, Method]] = {
@@ -85,6 +103,12 @@ METHODS: Final[dict[str, Method]] = {
     ),
     "scalar": Method("scalar twin with the same uncertainty", "scalar", uncertainty.DEFAULT),
     "ensemble": Method(f"spread of {ENSEMBLE} scalar twins", "scalar", members=ENSEMBLE),
+    "swag": Method(
+        f"spread of {ENSEMBLE} samples of SWAG, scalar", "swag", members=ENSEMBLE, sampled=True
+    ),
+    "ivon": Method(
+        f"spread of {ENSEMBLE} samples of IVON, scalar", "ivon", members=ENSEMBLE, sampled=True
+    ),
     "llpr": Method("last-layer rigidity, HL-Gauss energy", "hlgauss", ("llpr",)),
     "llpr_scalar": Method("last-layer rigidity, scalar energy", "scalar", ("llpr",)),
     "mean_variance": Method("joint energy-force likelihood", "mean_variance"),
@@ -121,10 +145,19 @@ class Row:
         return f"{self.dataset}/{self.method}/{self.seed}"
 
     def trainings(self) -> list[tuple[str, str, int]]:
-        """(dataset, training, seed) of every network it needs."""
+        """(dataset, training, seed) of every network it needs, after those they start from."""
         method = METHODS[self.method]
-        seeds = range(method.members) if method.members > 1 else [self.seed]
-        return [(self.dataset, method.training, seed) for seed in seeds]
+        several = method.members > 1 and not method.sampled
+        seeds = range(method.members) if several else [self.seed]
+        own = [(self.dataset, method.training, seed) for seed in seeds]
+        return [before for t in own if (before := start_of(t)) is not None] + own
+
+
+def start_of(training: tuple[str, str, int]) -> tuple[str, str, int] | None:
+    """The training whose network another one starts from."""
+    dataset, name, seed = training
+    before = TRAININGS[name].get("training", {}).get("init_from")
+    return None if before is None else (dataset, before, seed)
 
 
 SEEDS: Final = (0, 1, 2)

@@ -119,15 +119,24 @@ def test_rows_are_trained_once_scored_and_written_and_missing_ones_give_a_reason
     refitted = rows.Method("refitted", "scalar", ("scales",))
     for name, method in (("refitted", refitted), ("none", replace(refitted, fit=("none",)))):
         monkeypatch.setitem(rows.METHODS, name, method)
-    chosen = [rows.Row("argon", m, 0) for m in ("scalar", "refitted", "none")]
+    swag = {"method": "swag", "members": 2, "epochs": 2, "rank": 2}
+    goes_on = {"init_from": "scalar", "epochs": 2, "posterior": swag}
+    changes = {"model": {"head": "scalar", "uncertainty": []}, "training": goes_on}
+    monkeypatch.setitem(rows.TRAININGS, "swag", changes)
+    sampled = replace(rows.METHODS["swag"], members=2)
+    monkeypatch.setitem(rows.METHODS, "swag", sampled)
+    chosen = [rows.Row("argon", m, 0) for m in ("swag", "scalar", "refitted", "none")]
     out = tmp_path / "runs"
 
     def run(number, **how):
         found = script.run(chosen[:number], tmp_path, out, num_resamples=4, **how)
         return found, capsys.readouterr().out
 
-    results, said = run(3)
-    assert said.count("training argon-") == 1  # three rows, one network
+    results, said = run(4)
+    # four rows, one network and what goes on from it
+    assert [said.count(f"training argon-{name}") for name in ("scalar", "swag")] == [1, 1]
+    assert results["argon/swag/0"]["report"]["growth"]["ensemble_force_std"]["value"] > 0
+    assert results["argon/swag/0"]["cost"]["training_over_twin"] > 1
     assert results["argon/none/0"]["failed"].startswith("no uncertainty method 'none'")
     first, second = (results[f"argon/{m}/0"] for m in ("scalar", "refitted"))
     assert first["report"]["sets"]["held out"]["num_frames"] == 6
@@ -136,8 +145,8 @@ def test_rows_are_trained_once_scored_and_written_and_missing_ones_give_a_reason
     assert first["cost"]["seconds"] > first["cost"]["fit_seconds"] > 0
     assert first["cost"]["inference_over_twin"] > 0
     # nothing is done twice, and scoring needs no training
-    assert run(2)[1] == ""
-    again, said = run(1, score_only=True)
+    assert run(3)[1] == ""
+    again, said = run(2, score_only=True)
     assert "training" not in said
     assert again["argon/scalar/0"]["report"] == first["report"]
 
