@@ -233,7 +233,12 @@ class SwagConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IvonConfig:
-    """The IVON optimiser in the place of AdamW, see lmp_hl.training.ivon."""
+    """The IVON optimiser in the place of AdamW, see lmp_hl.training.ivon.
+
+    Schedule, warm-up, running average, clipping, resuming and several processes are as with AdamW.
+    `training.learning_rate` is that of plain gradient descent as long as the Hessian is hess_init,
+    and `training.weight_decay` is the Hessian of a Gaussian prior around 0.
+    """
 
     method: Literal["ivon"]
 
