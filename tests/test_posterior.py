@@ -158,7 +158,7 @@ def members_of(checkpoint):
     return [checkpoint.parent / f"member_{k}.ckpt" for k in range(3)]
 
 
-def test_members_are_checkpoints_around_the_mean_and_export_as_an_ensemble(sampled, tmp_path):
+def test_members_are_checkpoints_around_the_mean(sampled):
     checkpoint = sampled[1]
     mean = load_checkpoint(checkpoint)[0]
     members = [load_checkpoint(path)[0] for path in members_of(checkpoint)]
@@ -172,6 +172,10 @@ def test_members_are_checkpoints_around_the_mean_and_export_as_an_ensemble(sampl
             if not name.startswith("methods."):
                 assert torch.equal(dict(member.named_buffers())[name], value), name
 
+
+@pytest.mark.parametrize("sampled", ["swag"], indirect=True)
+def test_members_export_as_an_ensemble(sampled, tmp_path):
+    checkpoint = sampled[1]
     write(tmp_path / "held.xyz", emt_frames(6, 2))
     path = export_checkpoint(
         members_of(checkpoint), tmp_path / "hl.pt", valid=tmp_path / "held.xyz"
