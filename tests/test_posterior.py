@@ -20,7 +20,7 @@ from lmp_hl.training.posterior import Moments, Posterior, weights_of
 from lmp_hl.training.train import train
 
 SWAG = {"method": "swag", "members": 3, "epochs": 3, "rank": 2, "learning_rate": 0.002}
-IVON = {"method": "ivon", "members": 3, "ess": 1e7}
+IVON = {"method": "ivon", "members": 3}
 
 
 # the Gaussians -----------------------------------------------------------------------------------

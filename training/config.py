@@ -245,7 +245,7 @@ class IvonConfig:
     members: int = 5
     """Samples, written beside model.ckpt as member_0.ckpt ...; model.ckpt holds the mean."""
 
-    ess: float = 1e6
+    ess: float = 1e7
     """Effective sample size: the loss times this is taken for a negative log-likelihood."""
 
     hess_init: float = 0.1
