@@ -67,6 +67,12 @@ DENSITY_FORCE_STD: Final = "density_force_std"  # (num_owned,) eV/Å, from laten
 EXTRAPOLATION_GRADE: Final = "extrapolation_grade"  # (num_owned,) D-optimality grade, 1 at the edge
 LLPR_ENERGY_STD: Final = "llpr_energy_std"  # (num_owned,) eV, error of the atom's energy
 LLPR_FORCE_STD: Final = "llpr_force_std"  # (num_owned,) eV/Å, from the rigidity of the last layer
+SPHERICAL_FORCE_STD: Final = "spherical_force_std"  # (num_owned,) eV/Å, logits on the sphere
+SPHERICAL_FORCE_ENTROPY: Final = (
+    "spherical_force_entropy"  # (num_owned,) nats, of one component's density per eV/Å
+)
+XYZ_FORCE_STD: Final = "xyz_force_std"  # (num_owned,) eV/Å, heads on the axes, NOT invariant
+XYZ_FORCE_ENTROPY: Final = "xyz_force_entropy"  # (num_owned,) nats, per eV/Å, NOT invariant
 
 FIELD_UNITS: Final = {
     ENERGY: "eV",
@@ -93,4 +99,8 @@ FIELD_UNITS: Final = {
     EXTRAPOLATION_GRADE: "1",
     LLPR_ENERGY_STD: "eV",
     LLPR_FORCE_STD: "eV/Angstrom",
+    SPHERICAL_FORCE_STD: "eV/Angstrom",
+    SPHERICAL_FORCE_ENTROPY: "nat",
+    XYZ_FORCE_STD: "eV/Angstrom",
+    XYZ_FORCE_ENTROPY: "nat",
 }

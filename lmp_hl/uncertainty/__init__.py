@@ -17,6 +17,8 @@ from .grade import ExtrapolationGrade
 from .llpr import LastLayerRigidity
 from .mean_variance import MeanVariance
 from .scales import Scales
+from .spherical import SphericalLogits
+from .xyz import CartesianHistograms
 
 METHODS: dict[str, type[Method]] = {
     "scales": Scales,
@@ -25,6 +27,8 @@ METHODS: dict[str, type[Method]] = {
     "density": LatentDensity,
     "grade": ExtrapolationGrade,
     "llpr": LastLayerRigidity,
+    "spherical": SphericalLogits,
+    "xyz": CartesianHistograms,
 }
 DEFAULT = ("scales",)
 
