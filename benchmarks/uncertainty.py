@@ -39,6 +39,7 @@ from uncertainty_rows import METHODS, ROWS, TRAININGS, Row, start_of
 from uncertainty_tables import write_results
 
 from lmp_hl import evaluate, keys, metrics, uncertainty
+from lmp_hl.ensemble import split_committee
 from lmp_hl.potential import Potential
 from lmp_hl.predictions import Predictions, predict
 from lmp_hl.report import report
@@ -215,6 +216,15 @@ def load_network(
     return Network(config, model, summary, time.process_time() - start)
 
 
+def heads_of(config: TrainConfig) -> list[Network]:
+    """Each head of a trained committee as a network."""
+    committee = unfitted(config, ())
+    return [
+        Network(config, Eager(member, committee.elements, config.model), {}, 0.0)
+        for member in split_committee(committee.potential)
+    ]
+
+
 def predictions_of(network: Network) -> dict[str, Predictions]:
     """Of the validation frames ("valid") and of every test file."""
     data = network.config.data
@@ -326,10 +336,12 @@ def score(row: Row, data: Path, out: Path, num_resamples: int) -> dict[str, Any]
     if method.sampled:
         names = [f"member_{k}.ckpt" for k in range(method.members)]
         networks = [load_network(configs[-1], (), name) for name in names]
+    elif method.split:
+        networks = heads_of(configs[0])
     else:
         networks = [load_network(config, method.fit) for config in configs]
     found = [predictions_of(network) for network in networks]
-    sets = ensemble(found) if method.members > 1 else found[0]
+    sets = ensemble(found) if len(networks) > 1 else found[0]
     numbers = (
         report(sets["OOD"], sets["ID"], num_resamples)
         if "OOD" in sets

@@ -87,7 +87,8 @@ class Method:
 
     about: for the table; training: key of TRAININGS; fit: uncertainty methods fitted to the trained
     network, () takes the network with those it was trained with; members: > 1 is the spread of
-    that many networks with seeds 0, 1, ..., or of those `sampled` by one training.
+    that many networks with seeds 0, 1, ..., of those `sampled` by one training, or of the heads of
+    a committee that is `split`.
     """
 
     about: str
@@ -95,6 +96,7 @@ class Method:
     fit: tuple[str, ...] = ()
     members: int = 1
     sampled: bool = False
+    split: bool = False
 
 
 METHODS: Final[dict[str, Method]] = {
@@ -118,6 +120,9 @@ METHODS: Final[dict[str, Method]] = {
         "the same, each on frames of its own", "committee_bootstrap", uncertainty.DEFAULT
     ),
     "svd_committee": Method("singular-value ensemble", "svd_committee", uncertainty.DEFAULT),
+    "committee_forces": Method("spread of the forces of its heads", "committee", split=True),
+    "spherical": Method("control: force error's logits on the sphere", "hlgauss", ("spherical",)),
+    "xyz": Method("control: heads on the x, y and z axes", "hlgauss", ("xyz",)),
     "density": Method("mixture density of latent features", "hlgauss", ("density",)),
     "grade": Method("D-optimality grade of latent features", "hlgauss", ("grade",)),
     "latent": Method("latent targets of the atoms' energies", "latent", uncertainty.DEFAULT),

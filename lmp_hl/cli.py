@@ -63,6 +63,14 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _split(args: argparse.Namespace) -> int:
+    from lmp_hl.training.checkpoint import split_checkpoint
+
+    for path in split_checkpoint(args.checkpoint, args.out):
+        print(f"wrote {path}")
+    return 0
+
+
 def _info(args: argparse.Namespace) -> int:
     from lmp_hl.model_file import describe
 
@@ -197,6 +205,15 @@ def _parser() -> argparse.ArgumentParser:
         help="oldest CPU that will run a compiled model: v3 has AVX2, v4 AVX-512 "
         "(default native: like this one)",
     )  # fmt: skip
+
+    p = verb(
+        "split", _split,
+        "write the heads of a committee as checkpoints; exported as an ensemble, at the price of "
+        "as many potentials, they have forces that disagree",
+        "lmp-hl split model.ckpt && lmp-hl export model-head*.ckpt hl.pt --valid valid.xyz",
+    )  # fmt: skip
+    p.add_argument("checkpoint", type=Path, metavar="CKPT")
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: beside the checkpoint")
 
     p = verb("info", _info, "print the card of a model file", "lmp-hl info hl.pt")
     p.add_argument("model", type=Path, metavar="hl.pt")

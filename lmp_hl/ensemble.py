@@ -4,6 +4,7 @@ A deep ensemble (Lakshminarayanan et al., arXiv 1612.01474) of whole potentials,
 different seeds. One potential is an ensemble of one: what is exported is always an Ensemble.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from . import keys
 from .potential import Potential, edge_forces
+from .uncertainty.committee import CommitteeEnergy
 
 
 class Ensemble(nn.Module):
@@ -109,6 +111,37 @@ class Ensemble(nn.Module):
             species = inputs[keys.SPECIES][:num_owned]
             out.update(self.fields(found, energies, forces[:num_owned], species))
         return out
+
+
+def split_committee(potential: Potential) -> list[Potential]:
+    """The heads of a committee as potentials on the same backbone, for their force disagreement.
+
+    The committee itself has the forces of its mean energy only, because the force of each head
+    takes a backward pass of its own. As members of an Ensemble they give that mean, to rounding,
+    with ensemble_force_std beside it, at the price of as many whole potentials: nothing of the
+    backbone is evaluated together. What uncertainty methods were fitted to, the errors of the mean,
+    is still true of the ensemble's fields.
+
+    Args:
+        potential: with head "committee" or "svd_committee".
+
+    Returns:
+        As many potentials with head "hlgauss" as it has members; they share the backbone module.
+
+    Raises:
+        ValueError: it has another head.
+    """
+    committee = potential.energy_head
+    if not isinstance(committee, CommitteeEnergy):
+        raise ValueError(
+            "only a committee of heads can be split (model.head: committee or svd_committee), got "
+            f"{type(committee).__name__}"
+        )
+    out = []
+    for head in committee.split():
+        kept = {id(potential.backbone): potential.backbone, id(committee): head}
+        out.append(copy.deepcopy(potential, kept))
+    return out
 
 
 def combine(energies: Tensor, gradients: Tensor) -> dict[str, Tensor]:

@@ -5,13 +5,20 @@ import json
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from ase.build import bulk
 from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
+from test_compile import write_checkpoint
+from test_uncertainty_posthoc import dataset as random_frames
+
+from lmp_hl.predictions import predict
+from lmp_hl.training.config import ModelConfig
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -203,6 +210,27 @@ def test_an_ensemble_is_the_mean_with_its_spread_right_on_validation_frames(benc
     # 6000 components either side: 1 % each
     for p in (near, far):
         assert size_ratio(p.fields["ensemble_force_std"], p.error) == pytest.approx(1, abs=0.05)
+
+
+def test_heads_of_a_trained_committee_are_the_members_of_an_ensemble(benchmark, tmp_path):
+    script = benchmark("uncertainty")
+    path = write_checkpoint(tmp_path / "model.ckpt", head="committee", num_members=3)
+    model = ModelConfig(**torch.load(path, weights_only=True)["model"])
+    config = SimpleNamespace(output_dir=tmp_path, model=model)
+    frames = random_frames(4).frames
+    committee, *heads = (
+        predict(of_one, frames, "4 frames")
+        for of_one in (script.unfitted(config, ()), *(n.model for n in script.heads_of(config)))
+    )
+    found = script.ensemble([{"valid": predictions} for predictions in heads])["valid"]
+    assert len(heads) == 3
+    # forces of float32
+    np.testing.assert_allclose(found.forces, committee.forces, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.energy, committee.energy, rtol=1e-6)
+    spread = np.stack([p.forces for p in heads]).std(0, ddof=1)
+    raw = found.fields["ensemble_raw_std"]
+    np.testing.assert_allclose(raw, np.sqrt((spread**2).mean(1)), rtol=1e-5)
+    assert raw.min() > 0
 
 
 def test_every_row_has_a_method_and_every_method_a_training(benchmark):

@@ -9,7 +9,7 @@ import pytest
 
 from lmp_hl import __version__, cli
 
-VERBS = ["train", "export", "info", "evaluate", "analyze", "convert", "doctor"]
+VERBS = ["train", "export", "split", "info", "evaluate", "analyze", "convert", "doctor"]
 
 
 def stand_in(monkeypatch, name, **functions):

@@ -16,7 +16,7 @@ from conftest import (
 from test_compile import write_checkpoint
 
 from lmp_hl import HLCalculator, cli, keys, model_file, stages
-from lmp_hl.ensemble import Ensemble
+from lmp_hl.ensemble import Ensemble, split_committee
 from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
 from lmp_hl.potential import edge_forces
@@ -179,6 +179,80 @@ def test_members_that_do_not_fit_are_refused(other, message):
     second = make_potential(**{"num_elements": 2, "seed": 1, **other})
     with pytest.raises(ValueError, match=message):
         Ensemble([make_potential(num_elements=2), second])
+
+
+# heads of a committee -----------------------------------------------------------------------------
+COMMITTEES = ("committee", "svd_committee")
+
+
+@pytest.mark.parametrize("preset, num_layers", [("local", 1), ("mp", 2)])
+@pytest.mark.parametrize("head", COMMITTEES)
+def test_members_of_a_committee_have_its_energy_and_forces_as_their_mean(head, preset, num_layers):
+    committee = make_potential(preset, head, num_elements=2)
+    members = split_committee(committee)
+    assert len(members) == 4 and all(m.backbone is committee.backbone for m in members)
+    inputs = inputs_of(make_structure(SYMBOLS, 20), num_layers)
+    got, expected = Ensemble(members)(inputs), committee(inputs)
+    for key in (keys.ENERGY, keys.EDGE_GRADIENTS):
+        torch.testing.assert_close(got[key], expected[key], rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("head", COMMITTEES)
+def test_forces_of_a_committee_disagree_as_differences_of_its_heads_energies_do(head):
+    committee = make_potential(head=head, num_elements=2)
+    structure, step = make_structure(SYMBOLS, 6), 1e-4
+
+    def energies(positions):
+        """Of every head, without what is under test."""
+        moved = structure.copy()
+        moved.positions = positions
+        inputs = inputs_of(moved)
+        scalars = committee.backbone(inputs).scalars
+        heads = committee.energy_head.members(scalars, inputs[keys.SPECIES])
+        return np.array([float(of_one.energy.sum()) for of_one in heads])
+
+    forces = np.zeros((4, 6, 3))
+    for atom, axis in np.ndindex(6, 3):
+        for sign in (1, -1):
+            moved = structure.positions.copy()
+            moved[atom, axis] += sign * step
+            forces[:, atom, axis] -= sign * energies(moved) / (2 * step)
+    expected = np.sqrt(forces.var(axis=0, ddof=1).mean(axis=1))
+    got = Ensemble(split_committee(committee))(inputs_of(structure), True)
+    assert expected.max() > 1e-3
+    # differences: step^2 and rounding of energies over the step
+    np.testing.assert_allclose(got[keys.ENSEMBLE_FORCE_STD].detach(), expected, rtol=1e-5)
+
+
+def test_only_a_committee_can_be_split():
+    with pytest.raises(ValueError, match=r"model.head: committee or svd_.*, got HistogramEnergy"):
+        split_committee(make_potential(num_elements=2))
+
+
+@pytest.mark.parametrize("head", COMMITTEES)
+def test_checkpoint_of_a_committee_becomes_an_ensemble(head, tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "model.ckpt", "float64", head=head, num_members=3)
+    content = torch.load(path, weights_only=True)
+    ranking = {keys.MUTUAL_INFORMATION: 0.3, keys.FORCE_STD: 0.5}
+    content["card"] = {"name": "run", "calibration": {"ranking": ranking}}
+    torch.save(content, path)
+    assert cli.main(["split", str(path)]) == 0
+    heads = [tmp_path / f"model-head{k}.ckpt" for k in (1, 2, 3)]
+    assert capsys.readouterr().out == "".join(f"wrote {head}\n" for head in heads)
+    assert cli.main(["export", *map(str, heads), str(tmp_path / "all.pt")]) == 0
+    model = model_file.load(tmp_path / "all.pt")
+    assert model.card["calibration"]["ranking"] == {keys.FORCE_STD: 0.5}
+    names = [of_one["name"] for of_one in model.card["ensemble"]["members"]]
+    assert names == [f"run, head {k} of 3" for k in (1, 2, 3)]
+    inputs = inputs_of(make_structure(SYMBOLS, 20))
+    got = model.evaluate(inputs)
+    expected = model_file.load(export_checkpoint(path, tmp_path / "hl.pt")).evaluate(inputs)
+    torch.testing.assert_close(got[keys.ENERGY], expected[keys.ENERGY], rtol=EXACT, atol=EXACT)
+    assert float(got[keys.ENSEMBLE_FORCE_STD].max()) > 0
+
+    assert cli.main(["split", str(heads[0]), "--out", str(tmp_path / "none")]) == 2
+    assert "model-head1.ckpt: only a committee of heads can be split" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 # from checkpoints to a file -----------------------------------------------------------------------

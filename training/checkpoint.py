@@ -1,5 +1,6 @@
 """A finished training run as one file: weights, configuration and what a model card needs."""
 
+import copy
 import dataclasses
 import importlib.metadata
 import io
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from lmp_hl.ensemble import Ensemble
+from lmp_hl.ensemble import Ensemble, split_committee
 from lmp_hl.export import export_potential
 from lmp_hl.potential import Potential
 from lmp_hl.uncertainty import METHODS
@@ -55,6 +56,10 @@ def save_checkpoint(
             "calibration": calibration,
         },
     }
+    _write(path, content)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
     # torch's own writer aborts the process on a full disk
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -250,6 +255,51 @@ def load_ensemble(
         card["calibration"] = {**card.get("calibration", {}), "ranking": found.pop("ranking")}
         about["calibration"] = {"file": str(valid), **found}
     return ensemble, elements[0], {**card, "ensemble": about}
+
+
+def split_checkpoint(path: str | Path, folder: str | Path | None = None) -> list[Path]:
+    """Write each head of a committee's checkpoint as a checkpoint of its own.
+
+    Exported together they are the ensemble that ensemble.split_committee speaks of.
+
+    Args:
+        path: of a potential with head "committee" or "svd_committee".
+        folder: where to; None: beside `path`.
+
+    Returns:
+        Their paths, <name>-head1.ckpt, <name>-head2.ckpt, ...
+
+    Raises:
+        ValueError: see load_checkpoint and split_committee.
+    """
+    path = Path(path)
+    potential, elements, card = load_checkpoint(path)
+    try:
+        members = split_committee(potential)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    folder = path.parent if folder is None else Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for number, member in enumerate(members, 1):
+        of_member = copy.deepcopy(card)
+        of_member["name"] = f"{card.get('name', path.stem)}, head {number} of {len(members)}"
+        ranking = of_member.get("calibration", {}).get("ranking", {})
+        for field in set(ranking) - set(member.field_names()):
+            del ranking[field]
+        written.append(folder / f"{path.stem}-head{number}.ckpt")
+        _write(
+            written[-1],
+            {
+                "lmp_hl_checkpoint": CHECKPOINT_FORMAT,
+                "state": member.state_dict(),
+                "model": {**content["model"], "head": "hlgauss"},
+                "elements": elements,
+                "card": of_member,
+            },
+        )
+    return written
 
 
 def _last_metrics(path: Path) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """A committee of categorical energy heads on one backbone; its disagreement is its uncertainty."""
 
+import copy
 from typing import Any
 
 import torch
@@ -37,6 +38,19 @@ class SingularReadout(Readout):
         """See Readout.activations."""
         hidden = torch.matmul(torch.matmul(scalars, self.v) * self.singular_values, self.u.T)
         return torch.nn.functional.silu(hidden + self.bias)
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def dense(self) -> Readout:
+        """An ordinary readout with weights of its own that gives the same."""
+        elements = self.element_bias.weight.shape[0]
+        out = Readout(self.linear.in_features, elements, self.linear.out_features)
+        out = out.to(self.u)
+        for name in ("linear", "out", "element_bias"):
+            getattr(out, name).load_state_dict(getattr(self, name).state_dict())
+        out.hidden.weight.copy_(self.u * self.singular_values @ self.v.T)
+        out.hidden.bias.copy_(self.bias)
+        return out
 
 
 class CommitteeEnergy(EnergyHead):
@@ -106,6 +120,15 @@ class CommitteeEnergy(EnergyHead):
     def parts(self) -> list[Any]:
         """The members."""
         return list(self.heads)
+
+    @torch.jit.unused
+    def split(self) -> list[HistogramEnergy]:
+        """The members as ordinary heads that share nothing; see lmp_hl.ensemble.split_committee."""
+        heads = copy.deepcopy(self.parts())
+        for head in heads:
+            if isinstance(head.anchor, SingularReadout):
+                head.anchor = head.anchor.dense()
+        return heads
 
     def set_bin_width(self, bin_width: float) -> None:
         """Set w of every member, in eV."""
