@@ -175,7 +175,7 @@ def test_errors_of_known_covariance_are_found_along_every_direction(fitted, sphe
     overlap = (shapes[0] * shapes[1]).sum() / (shapes[0].norm() * shapes[1].norm())
     assert float(overlap) > 0.9  # 1: the same ellipsoids but for how long they are
     assert said["spherical_penalty"] < 1.0  # cross-validation saw that features matter
-    assert said["spherical_size_ratio"] == pytest.approx(1.0, abs=0.1)
+    assert said["spherical_raw_size_ratio"] == pytest.approx(1.0, abs=0.1)
     assert said["spherical_rank_correlation"] > 0.3
 
 

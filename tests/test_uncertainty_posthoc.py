@@ -290,9 +290,10 @@ def test_no_atoms_and_features_that_are_not_finite_are_refused(fitted, name):
         method.fit(broken, held)
 
 
-def test_rigidity_of_a_committee_is_refused():
+@pytest.mark.parametrize("head", ["committee", "svd_committee"])
+def test_rigidity_of_a_committee_is_refused(head):
     with pytest.raises(ValueError, match=r"model.head must be hlgauss or scalar with .* llpr"):
-        ModelConfig(head="committee", uncertainty=("scales", "llpr"))
+        ModelConfig(head=head, uncertainty=("scales", "llpr"))
 
 
 def test_calibrating_anew_changes_sizes_and_nothing_else(fitted):

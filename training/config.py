@@ -150,7 +150,7 @@ class ModelConfig:
             _require(self.head == "scalar", "model.head", wanted, self.head)
         if "llpr" in self.uncertainty:
             wanted = "hlgauss or scalar with uncertainty llpr (a committee has no one last layer)"
-            _require(self.head != "committee", "model.head", wanted, self.head)
+            _require("committee" not in self.head, "model.head", wanted, self.head)
         if self.preset == "local":
             wanted = "1 or null (preset local is strictly local; use preset: mp)"
             _require(self.num_layers in (None, 1), "model.num_layers", wanted, self.num_layers)

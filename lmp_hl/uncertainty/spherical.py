@@ -21,7 +21,7 @@ WIDTHS = (0.3, 1.0, 3.0)  # of the smooth functions of the bin that the logits a
 REACH = 3.0  # bounds what features can add to a logit
 FOLDS = 4
 PENALTIES = (1e6, 1e-1, 1e-2, 1e-3)  # on the weights; the largest leaves one shape for all atoms
-DEGREE, NUM_POINTS = 17, 110  # of the Lebedev rule
+DEGREE = 17  # of the Lebedev rule, which then has 110 points
 TRIADS = 2  # random orthonormal ones per atom that the logits are fitted on
 SEED = 0
 
@@ -147,8 +147,8 @@ class ComponentHistograms(Method):
 
         Returns:
             With the method's name before it: penalty; outside, the share of components beyond the
-            support; cross-validated rank correlation of force_std and ratio of predicted to true
-            root mean square.
+            support; of two frames or more, cross-validated, the rank correlation of force_std and
+            raw_size_ratio, predicted to true root mean square before the last factor.
 
         Raises:
             ValueError: the model has no feature statistics that these atoms have a distance to.
@@ -191,13 +191,14 @@ class ComponentHistograms(Method):
         size = held.errors.square().mean(1).sqrt()
         rmse = size.square().mean().sqrt()
         self.element_size.mul_(rmse / self._std(held).square().mean().sqrt())
-        rank = spearmanr(stds[best].numpy(), size.numpy()).statistic if held.num_frames >= 2 else 0
         found = {
             "penalty": PENALTIES[best],
             "outside": float((y.abs() > edges[-1]).double().mean()),
-            "rank_correlation": float(rank),
-            "size_ratio": float(stds[best].square().mean().sqrt() / rmse),
         }
+        if held.num_frames >= 2:
+            rank = spearmanr(stds[best].numpy(), size.numpy()).statistic
+            found["rank_correlation"] = float(rank)
+            found["raw_size_ratio"] = float(stds[best].square().mean().sqrt() / rmse)
         return {f"{self.NAME}_{key}": value for key, value in found.items()}
 
     def _std(self, atoms: Atoms) -> Tensor:
@@ -285,9 +286,8 @@ class SphericalLogits(ComponentHistograms):
     def coefficients(self, features: Features, directions: Tensor) -> Tensor:
         """See ComponentHistograms."""
         alpha = self.base + self.bounded(self.standardized(features) @ self.alpha)
-        beta = shortened(
-            self.vectors(features) @ self.beta, 0.5 * self.reach
-        )  # (num_atoms, 3, len(WIDTHS))
+        # (num_atoms, 2l + 1, len(WIDTHS))
+        beta = shortened(self.vectors(features) @ self.beta, 0.5 * self.reach)
         gamma = shortened(self.quadrupoles(features) @ self.gamma, 0.5 * self.reach)
         even = alpha.unsqueeze(1) + torch.matmul(self.harmonics(directions), gamma)
         return torch.cat([even, torch.matmul(directions, beta)], -1)
