@@ -90,11 +90,17 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> int:
     from lmp_hl.training.calibrate import recalibrate
 
-    found = recalibrate(args.model, args.data, args.out, **_label_keys(args))
+    card = recalibrate(args.model, args.data, args.out, **_label_keys(args))
+    found, ensemble = card["calibration"], card.get("ensemble", {}).get("calibration")
+    rmse = (ensemble or found)["force_rmse"]
+    size = ""
+    if "size_ratio" in found:
+        size = f"; predicted/true size {found['size_ratio']:.2f} (cross-validated)"
+    if ensemble:
+        size += f"; ensemble_force_std times {ensemble['force_factor']:.3g}"
     print(
         f"calibrated on {found['validation_frames']} frames, {found['validation_atoms']} atoms: "
-        f"force error {1e3 * found['force_rmse']:.1f} meV/Å; predicted/true size "
-        f"{found['size_ratio']:.2f} (cross-validated)\nwrote {args.out or args.model}"
+        f"force error {1e3 * rmse:.1f} meV/Å{size}\nwrote {args.out or args.model}"
     )
     return 0
 
@@ -236,13 +242,14 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb(
         "calibrate", _calibrate,
-        "fit the uncertainty of an hl.pt to other frames; energies and forces stay",
+        "fit the uncertainty of an hl.pt, or of an ensemble, to other frames; energies and forces "
+        "stay",
         "lmp-hl calibrate hl.pt new_labels.xyz --out hl-new.pt",
     )  # fmt: skip
     p.add_argument("model", type=Path, metavar="hl.pt")
     p.add_argument(
         "data", type=Path, metavar="DATA.xyz",
-        help="at least 4 frames with energy and forces that it was not trained on",
+        help="at least 4 frames (an ensemble: 5) with energy and forces that it was not trained on",
     )  # fmt: skip
     p.add_argument("--out", type=Path, metavar="NEW.pt", help="default: replace hl.pt")
     labels(p)

@@ -12,6 +12,7 @@ from conftest import ELEMENTS, make_card, make_potential, make_structure
 from scipy.stats import spearmanr
 
 from lmp_hl import HLCalculator, cli, keys, model_file
+from lmp_hl.ensemble import Ensemble
 from lmp_hl.export import export_potential
 from lmp_hl.training.calibrate import recalibrate
 from lmp_hl.uncertainty import conformal
@@ -19,8 +20,8 @@ from lmp_hl.uncertainty import conformal
 NOISE = 0.3  # eV/Å
 
 
-def labelled(model, num_frames, noise=NOISE, seed=100):
-    """Structures with the model's own labels and Gaussian noise on the forces."""
+def labelled(model, num_frames, noise=NOISE, seed=100, energy_noise=0.0):
+    """Structures with the model's own labels and Gaussian noise on forces and energies."""
     rng = np.random.default_rng(seed)
     calculator = HLCalculator(model)
     frames = []
@@ -29,6 +30,8 @@ def labelled(model, num_frames, noise=NOISE, seed=100):
         atoms.calc = calculator
         energy, forces = atoms.get_potential_energy(), atoms.get_forces()
         forces = forces + noise * rng.normal(size=forces.shape)
+        if energy_noise:
+            energy += energy_noise * rng.normal()
         atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
         frames.append(atoms)
     return frames
@@ -133,13 +136,97 @@ def test_without_out_the_file_itself_is_replaced(tiny_model, data, tmp_path, cap
     assert {p.name for p in tmp_path.iterdir()} == {"hl.pt", "part.xyz"}
 
 
+@pytest.mark.parametrize(
+    "head, methods, force_fields, energy_fields",
+    [
+        ("scalar", ("mean_variance",), ["mean_variance_force_std"], ["mean_variance_energy_std"]),
+        ("hlgauss", ("evidential",), ["evidential_force_std"], []),
+        ("committee", (), [], ["committee_energy_std"]),
+    ],
+)
+def test_trained_methods_and_committees_get_the_size_of_the_errors(
+    head, methods, force_fields, energy_fields, tmp_path, capsys
+):
+    potential = make_potential("local", head, num_elements=2, dtype="float32", methods=methods)
+    path = export_potential(potential, ELEMENTS[:2], make_card(head), tmp_path / "hl.pt")
+    frames = labelled(path, 8, energy_noise=0.5)
+    ase.io.write(tmp_path / "new.xyz", frames)
+    words = ["calibrate", str(path), str(tmp_path / "new.xyz"), "--out", str(tmp_path / "new.pt")]
+    assert cli.main(words) == 0
+    assert "8 frames, 96 atoms: force error" in capsys.readouterr().out
+    error, results = errors_of(tmp_path / "new.pt", frames)
+    _, before = errors_of(path, frames)
+    for k, atoms in enumerate(frames):
+        for name in ("energies", "forces"):
+            assert np.array_equal(before[k][name], results[k][name])
+        atoms.info["error"] = atoms.get_potential_energy() - results[k]["energy"]
+    for name in force_fields:
+        std = np.concatenate([r[name] for r in results])
+        assert np.sqrt((std**2).mean()) == pytest.approx(np.sqrt((error**2).mean()), rel=1e-3)
+    for name in energy_fields:
+        # of one file all atomic sizes change by the same factor
+        ratio = np.concatenate([r[name] / b[name] for r, b in zip(results, before, strict=True)])
+        assert ratio.std() < 1e-4 * abs(ratio.mean()) and abs(ratio.mean() - 1) > 0.01
+    if name == "mean_variance_energy_std":
+        total = sum((r[name] ** 2).sum() for r in results)
+        truth = sum(atoms.info["error"] ** 2 for atoms in frames)
+        assert total == pytest.approx(truth, rel=1e-2)
+    card = model_file.load(tmp_path / "new.pt").card
+    assert set(force_fields + energy_fields) <= set(card["calibration"]["ranking"])
+
+
+def test_members_of_an_ensemble_are_calibrated_one_by_one_and_then_their_disagreement(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(scales, "PENALTIES", (1e6,))  # the others only take time
+    members = [
+        make_potential(num_elements=2),
+        make_potential("local", "scalar", num_elements=2, seed=1, methods=("scales", "density")),
+    ]
+    paths = [tmp_path / f"{name}.pt" for name in ("whole", "first", "second")]
+    whole = paths[0]
+    for potential, path in zip([Ensemble(members), *members], paths, strict=True):
+        card = {**make_card(), "ensemble": {"members": [{}, {}]}} if path == whole else make_card()
+        export_potential(potential, ELEMENTS[:2], card, path)
+    frames = labelled(whole, 6, energy_noise=0.1)
+    ase.io.write(tmp_path / "new.xyz", frames)
+    for path in paths:
+        out = path.with_suffix(".new.pt")
+        words = ["calibrate", str(path), str(tmp_path / "new.xyz"), "--out", str(out)]
+        assert cli.main(words) == 0
+    assert "ensemble_force_std times" in capsys.readouterr().out
+    of_whole, *of_members = (errors_of(path.with_suffix(".new.pt"), frames) for path in paths)
+    error, results = of_whole
+    _, before = errors_of(whole, frames)
+    for k, result in enumerate(results):
+        for name in ("energies", "forces", "members"):
+            assert np.array_equal(before[k][name], result[name]), name
+        # a field of an ensemble is the mean of its members' fields
+        for name in ("force_std", "force_bound", "distance", "force_entropy"):
+            mean = np.mean([found[k][name] for _, found in of_members], axis=0)
+            np.testing.assert_allclose(result[name], mean, rtol=1e-9)
+        assert "density_force_std" not in result
+    std = np.concatenate([r["ensemble_force_std"] for r in results])
+    assert np.sqrt((std**2).mean()) == pytest.approx(np.sqrt((error**2).mean()), rel=1e-6)
+    ranks = spearmanr(np.concatenate([r["ensemble_energy_std"] for r in results]), error).statistic
+    model = model_file.load(whole.with_suffix(".new.pt"))
+    assert model.card["calibration"]["ranking"]["ensemble_energy_std"] == pytest.approx(ranks)
+    assert set(model.fields) >= {"force_bound", "ensemble_force_std"}
+    assert model.card["ensemble"]["calibration"]["frames"] == 6
+    assert model_file.describe(whole.with_suffix(".new.pt")).count("new.xyz") == 2
+
+    few = tmp_path / "few.xyz"
+    ase.io.write(few, frames[:4])
+    refused(whole, few, "4 frames; calibration needs at least 5", capsys)
+
+
 def refused(path, data, match, capsys):
-    before = path.read_bytes()
+    before, files = path.read_bytes(), set(path.parent.iterdir())
     assert cli.main(["calibrate", str(path), str(data)]) == 2
     message = capsys.readouterr().err
     assert match in message and message.count("\n") == 1, message
     assert path.read_bytes() == before
-    assert not [p for p in path.parent.iterdir() if p.suffix == ".pt" and p != path]
+    assert set(path.parent.iterdir()) == files
 
 
 def test_bad_input_is_refused_and_nothing_written(tiny_model, data, tmp_path, capsys):

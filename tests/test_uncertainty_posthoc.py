@@ -322,7 +322,7 @@ def test_model_file_is_calibrated_anew_to_other_frames(fitted, tmp_path):
         )
         frames.append(atoms)
     write(tmp_path / "other.xyz", frames)
-    said = recalibrate(path, tmp_path / "other.xyz", tmp_path / "new.pt")
+    said = recalibrate(path, tmp_path / "other.xyz", tmp_path / "new.pt")["calibration"]
     assert set(FIELDS) <= set(said["ranking"]) and "llpr_alpha" in said
     structure = make_structure(ELEMENTS[:2], 11, seed=3)
     inputs = graph_inputs(structure, ELEMENTS[:2], CUTOFF, 1, "float64")

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from lmp_hl.nn.backbone import Features
 from lmp_hl.nn.heads import AtomicEnergy
 from lmp_hl.potential import Potential, edge_forces
 from lmp_hl.uncertainty import METHODS, Atoms, Method, Sizes, conformal
+from lmp_hl.uncertainty.committee import CommitteeEnergy
 from lmp_hl.uncertainty.neighbors import neighbor_weights
 
 from . import frames as fr
@@ -69,10 +70,11 @@ def calibrate(
 def recalibrate(
     model_path: str | Path, data_path: str | Path, out: str | Path | None = None, **label_keys: str
 ) -> dict[str, Any]:
-    """Fit the uncertainty methods of an `hl.pt` to labelled frames that it was not trained on.
+    """Fit the uncertainty of an `hl.pt` to labelled frames that it was not trained on.
 
-    Whatever has a size is fitted anew (Method.calibrate); the network, the energy and the
-    statistics of the training frames stay, so energies and forces are the same bit for bit.
+    Whatever has a size is fitted anew (Method.calibrate, of every member of an ensemble, then the
+    members' disagreement); the network, the energy and the statistics of the training frames stay,
+    so energies and forces are the same bit for bit.
 
     Args:
         model_path: `hl.pt`.
@@ -81,11 +83,12 @@ def recalibrate(
         label_keys: energy_key, forces_key where they differ from "energy", "forces".
 
     Returns:
-        What the new card says about the calibration.
+        The new card: "calibration", of an ensemble that of its first member and the ranking of the
+        whole; of an ensemble also "ensemble".
 
     Raises:
         ValueError: a compiled file; too few frames or frames that the model does not know; a file
-            whose methods are not those of this lmp-hl or cannot be fitted by themselves.
+            whose methods are not those of this lmp-hl, or that has nothing to calibrate.
     """
     model = load(model_path)
     if model.build is not None:
@@ -98,48 +101,29 @@ def recalibrate(
             f"{model_path}: model format {model.module.format_version}, this lmp-hl calibrates "
             f"format {FORMAT_VERSION}; export it again with lmp-hl export model.ckpt hl.pt"
         )
+    ensemble = model.module.stages.ensemble
+    members = list(ensemble.members.children())
     frames = evaluate.read(data_path, model.elements, **label_keys)
-    if len(frames) < conformal.MIN_FRAMES:
+    needed = MIN_FRAMES if len(members) > 1 else conformal.MIN_FRAMES
+    if len(frames) < needed:
         raise ValueError(
-            f"{data_path}: {len(frames)} frames; calibration needs at least "
-            f"{conformal.MIN_FRAMES}, because "
-            "it holds out a quarter of the frames at a time to see the error of its own fit"
+            f"{data_path}: {len(frames)} frames; calibration needs at least {needed}, to tell the "
+            "size of the errors from that of a single frame"
         )
-    members = list(model.module.stages.ensemble.members.children())
-    if len(members) > 1:
-        raise ValueError(
-            f"{model_path}: an ensemble of {len(members)} potentials; export it again with "
-            f"lmp-hl export --valid {data_path} and its checkpoints"
-        )
-    potential = members[0]
-    scripted = dict(potential.methods.named_children())
-    methods = {
-        name: _copy(model, potential.backbone, name, module) for name, module in scripted.items()
-    }
-    if not methods:
+    fitted = [_calibrate_member(model, member, frames) for member in members]
+    if len(members) == 1 and not fitted[0].offered:
         raise ValueError(f"{model_path}: carries no uncertainty method (model.uncertainty)")
-    energies = potential.reference_energies.tolist()
-    references = dict(zip(model.elements, energies, strict=True))
-    graphs = fr.GraphDataset(
-        frames, model.elements, references, model.cutoff, model.num_layers, model.dtype
-    )
-    found = collect_atoms(potential, graphs)
-    held = found.double()
-    summary = _describe(held)
-    for method in methods.values():
-        summary.update(method.calibrate(held))
-    with torch.no_grad():
-        for name, method in methods.items():
-            for key, value in scripted[name].state_dict().items():
-                value.copy_(method.state_dict().get(key, value))
-        fields = potential.fields(
-            found.features, found.energy, found.species, found.edge_index, found.edge_weights
-        )
-    names = _field_names(model.fields, methods.values())
-    for name in names:
-        if name != keys.ENERGY and not bool(torch.isfinite(fields[name]).all()):
-            raise ValueError(f"{data_path}: calibrated on these frames {name} is not finite")
-    summary["ranking"] = _rank(fields, names, held.errors)
+    names = _field_names(model.fields, [found.offered for found in fitted])
+    summary, card = fitted[0].summary, {**model.card, **fitted[0].card}
+    # the energies of an ensemble include those of its members' references
+    graphs = _graphs(model, frames, [0.0] * len(model.elements))
+    if len(members) > 1:
+        about = {"file": Path(data_path).name, **calibrate_ensemble(ensemble, graphs)}
+        card["ensemble"] = {**card.get("ensemble", {}), "calibration": about}
+    try:
+        summary["ranking"] = rank_fields(ensemble, graphs, names)
+    except ValueError as error:
+        raise ValueError(f"{data_path}: calibrated on these frames {error}") from None
     summary["recalibrated"] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": Path(data_path).name,
@@ -147,18 +131,62 @@ def recalibrate(
         "of_model": model.hash,
         "lmp_hl": __version__,
     }
-    card = {**model.card, "calibration": summary}
-    for method in methods.values():
-        card.update(method.card())
+    card["calibration"] = summary
     content = _rewritten(model, names, card)
     replace_file(Path(model_path if out is None else out), content, check=load)
-    return summary
+    return card
 
 
-def _copy(model: Model, backbone: Any, name: str, scripted: torch.jit.ScriptModule) -> Method:
+class _Fitted(NamedTuple):
+    """What is known of one potential of a model file that has been calibrated in place."""
+
+    offered: dict[str, bool]  # fields that were fitted anew -> whether it can answer for them
+    summary: dict[str, Any]
+    card: dict[str, Any]
+
+
+def _calibrate_member(
+    model: Model, member: torch.jit.ScriptModule, frames: Sequence[fr.Frame]
+) -> _Fitted:
+    held = collect_atoms(member, _graphs(model, frames, member.reference_energies.tolist()))
+    held = held.double()
+    fitted = _Fitted({}, _describe(held), {})
+    for name, scripted in dict(member.methods.named_children()).items():
+        method = _copy(model, member, name, scripted)
+        fitted.summary.update(method.calibrate(held))
+        _set(scripted, method)
+        available = method.available_fields()
+        fitted.offered.update({field: field in available for field in method.FIELDS})
+        fitted.card.update(method.card())
+    if "centers" in member.energy_head.state_dict():
+        committee = _copy_committee(member.energy_head)
+        fitted.summary.update(committee.calibrate(held))
+        member.energy_head.factor.copy_(committee.factor)
+        fitted.offered.update(dict.fromkeys(committee.FIELDS, True))
+    return fitted
+
+
+@torch.no_grad()
+def _set(scripted: torch.jit.ScriptModule, method: Method) -> None:
+    fitted = method.state_dict()
+    for key, value in scripted.state_dict().items():
+        value.copy_(fitted.get(key, value))
+
+
+def _graphs(
+    model: Model, frames: Sequence[fr.Frame], reference_energies: Sequence[float]
+) -> fr.GraphDataset:
+    references = dict(zip(model.elements, reference_energies, strict=True))
+    return fr.GraphDataset(
+        frames, model.elements, references, model.cutoff, model.num_layers, model.dtype
+    )
+
+
+def _copy(model: Model, member: Any, name: str, scripted: torch.jit.ScriptModule) -> Method:
     """A method of a model file as one that can be fitted, in float64."""
+    backbone, head = member.backbone, member.energy_head.state_dict()
     l_max = math.isqrt(backbone.num_components) - 1
-    bins = model.card.get("histogram", {}).get("num_bins", 0)
+    bins = len(head["offsets"]) if "offsets" in head else 0
     sizes = Sizes(backbone.num_scalars, backbone.channels, l_max, len(model.elements), bins)
     found = scripted.state_dict()
     if name in METHODS:
@@ -173,12 +201,23 @@ def _copy(model: Model, backbone: Any, name: str, scripted: torch.jit.ScriptModu
     )
 
 
-def _field_names(before: Sequence[str], methods: Any) -> list[str]:
-    of_methods = {name for method in methods for name in method.FIELDS}
-    names = [name for name in before if name not in of_methods]
-    for method in methods:
-        names += [name for name in method.available_fields() if name not in names]
-    return names
+def _copy_committee(scripted: torch.jit.ScriptModule) -> CommitteeEnergy:
+    """A committee that can be calibrated, in float64; its heads' weights do not matter for that."""
+    state = scripted.state_dict()
+    num_elements, num_members = state["centers"].shape
+    num_bins = len(state["heads.0.offsets"])
+    committee = CommitteeEnergy(num_members, 1, num_elements, num_bins, sigma=1.0).double()
+    for name in ("centers", "factor", "bin_width"):
+        committee.get_buffer(name).copy_(state[name])
+    return committee
+
+
+def _field_names(before: Sequence[str], offered: Sequence[Mapping[str, bool]]) -> list[str]:
+    """Of the file: as before but for those fitted anew, which all members have to answer for."""
+    anew = {name for of_one in offered for name in of_one}
+    answered = [name for name in offered[0] if all(of_one.get(name) for of_one in offered)]
+    kept = [name for name in before if name not in anew or name in answered]
+    return kept + [name for name in answered if name not in kept]
 
 
 def _rewritten(model: Model, fields: list[str], card: dict[str, Any]) -> bytes:
@@ -245,7 +284,9 @@ def collect_atoms(potential: Potential | torch.jit.ScriptModule, dataset: fr.Gra
     )
 
 
-def calibrate_ensemble(ensemble: Ensemble, held: fr.GraphDataset) -> dict[str, Any]:
+def calibrate_ensemble(
+    ensemble: Ensemble | torch.jit.ScriptModule, held: fr.GraphDataset
+) -> dict[str, Any]:
     """Set in place what an ensemble learns from frames that no member was trained on.
 
     The members' mean energies of an atom of each element, and the factor of ensemble_force_std,
@@ -253,47 +294,65 @@ def calibrate_ensemble(ensemble: Ensemble, held: fr.GraphDataset) -> dict[str, A
 
     Args:
         ensemble: of trained members.
-        held: at least MIN_FRAMES frames.
+        held: at least MIN_FRAMES frames, their energies with the elements' references.
 
     Returns:
-        For the card: factor, number of frames and atoms, force RMSE in eV/Å of the ensemble,
-        Spearman correlation of every field with the force error.
+        For the card: factor, number of frames and atoms, force RMSE in eV/Å of the ensemble.
 
     Raises:
         ValueError: too few frames, or members that do not disagree on them.
     """
     if len(held) < MIN_FRAMES:
         raise ValueError(f"wanted at least {MIN_FRAMES} frames to calibrate on, got {len(held)}")
-    working = copy.deepcopy(ensemble).cpu().eval().double()
-    outputs, species, errors = [], [], []
-    for graph in held:
-        inputs = {**graph, keys.EDGE_VECTORS: graph[keys.EDGE_VECTORS].double()}
-        outputs.append({k: v.detach() for k, v in working(inputs, True).items()})
-        gradients = outputs[-1].pop(keys.EDGE_GRADIENTS)
-        forces = edge_forces(graph[keys.EDGE_INDEX], gradients, int(graph[fr.NUM_ATOMS]))
-        species.append(graph[keys.SPECIES])
-        errors.append(graph[fr.TARGET_FORCES].double() - forces)
-        del outputs[-1][keys.ENERGY]
-    found = {name: torch.cat([of_one[name] for of_one in outputs]) for name in outputs[0]}
-    element, error = torch.cat(species), torch.cat(errors)
-
-    energies = found.pop(keys.MEMBERS)
-    std = found[keys.ENSEMBLE_FORCE_STD]
-    rmse = error.square().mean().sqrt()
+    found, species, errors = _evaluate(ensemble, held)
+    std, energies = found[keys.ENSEMBLE_FORCE_STD], found[keys.MEMBERS]
+    rmse = errors.square().mean().sqrt()
     if not std.max() > 1e-9 * rmse:
         raise ValueError("the members of the ensemble do not disagree on the frames given")
-    factor = rmse / (std / working.force_factor).square().mean().sqrt()
+    factor = rmse / (std / ensemble.force_factor).square().mean().sqrt()
     ensemble.force_factor.copy_(factor)
-    for z in element.unique():
-        ensemble.energy_means[:, z] = energies[element == z].mean(0)
-    names = working.field_names()
+    for z in species.unique():
+        ensemble.energy_means[:, z] = energies[species == z].mean(0)
     return {
         "force_factor": float(factor),
         "frames": len(held),
-        "atoms": len(element),
+        "atoms": len(species),
         "force_rmse": float(rmse),
-        "ranking": _rank(found, names, error),
     }
+
+
+def rank_fields(
+    ensemble: Ensemble | torch.jit.ScriptModule, held: fr.GraphDataset, names: Sequence[str]
+) -> dict[str, float]:
+    """Spearman correlation of fields with the force error; not of those that are the same anywhere.
+
+    Raises:
+        ValueError: a field that is not finite.
+    """
+    found, _, errors = _evaluate(ensemble, held)
+    for name in names:
+        if name in found and not bool(torch.isfinite(found[name]).all()):
+            raise ValueError(f"{name} is not finite")
+    return _rank(found, names, errors)
+
+
+def _evaluate(
+    ensemble: Ensemble | torch.jit.ScriptModule, graphs: fr.GraphDataset
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Fields of all atoms and `members`; species; errors of the forces (num_atoms, 3), eV/Å."""
+    dtype = next(ensemble.parameters()).dtype
+    outputs, species, errors = [], [], []
+    for graph in graphs:
+        inputs = {**graph, keys.EDGE_VECTORS: graph[keys.EDGE_VECTORS].to(dtype)}
+        found = {k: v.detach() for k, v in ensemble(inputs, True, False).items()}
+        gradients = found.pop(keys.EDGE_GRADIENTS).double()
+        forces = edge_forces(graph[keys.EDGE_INDEX], gradients, int(graph[fr.NUM_ATOMS]))
+        del found[keys.ENERGY]
+        outputs.append(found)
+        species.append(graph[keys.SPECIES])
+        errors.append(graph[fr.TARGET_FORCES].double() - forces)
+    fields = {name: torch.cat([of_one[name] for of_one in outputs]) for name in outputs[0]}
+    return fields, torch.cat(species), torch.cat(errors)
 
 
 def _rank(fields: Mapping[str, Tensor], names: Sequence[str], errors: Tensor) -> dict[str, float]:

@@ -18,7 +18,7 @@ from lmp_hl.potential import Potential
 from lmp_hl.uncertainty import METHODS
 
 from . import frames as fr
-from .calibrate import calibrate_ensemble
+from .calibrate import calibrate_ensemble, rank_fields
 from .config import DataConfig, ModelConfig, TrainConfig, to_yaml
 from .module import build_potential
 from .notebook import read_metrics
@@ -251,9 +251,9 @@ def load_ensemble(
             1 + len(backbone.message_layers),
             "float64",
         )
-        found = calibrate_ensemble(ensemble, graphs)
-        card["calibration"] = {**card.get("calibration", {}), "ranking": found.pop("ranking")}
-        about["calibration"] = {"file": str(valid), **found}
+        about["calibration"] = {"file": str(valid), **calibrate_ensemble(ensemble, graphs)}
+        ranking = rank_fields(ensemble, graphs, ensemble.field_names())
+        card["calibration"] = {**card.get("calibration", {}), "ranking": ranking}
     return ensemble, elements[0], {**card, "ensemble": about}
 
 
