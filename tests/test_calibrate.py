@@ -176,9 +176,8 @@ def test_trained_methods_and_committees_get_the_size_of_the_errors(
 
 
 def test_members_of_an_ensemble_are_calibrated_one_by_one_and_then_their_disagreement(
-    tmp_path, capsys, monkeypatch
+    tmp_path, capsys
 ):
-    monkeypatch.setattr(scales, "PENALTIES", (1e6,))  # the others only take time
     members = [
         make_potential(num_elements=2),
         make_potential("local", "scalar", num_elements=2, seed=1, methods=("scales", "density")),
