@@ -498,11 +498,13 @@ def write_figures(result: Analysis, folder: Path) -> list[Path]:
     )  # fmt: skip
     share = result.column("extrapolating")
     if np.isfinite(share).any():
-        limits = {} if result.coverage is None else {"share": 1 - result.coverage}
+        promised = {} if result.coverage is None else {"share": 1 - result.coverage}
+        most = promised.get("share", math.nan)
         paths.append(
             plots.time_series(
-                time, {"share": {"atoms": share}}, {"share": "extrapolating (share)"},
-                limits, folder / "extrapolating.png", time_label,
+                time, {"share": {"share": share}}, {"share": "share of the atoms"}, promised,
+                folder / "extrapolating.png", time_label, "Atoms flagged extrapolating",
+                f"promised in frames like those of validation: at most {most:.0%}",
             )
         )  # fmt: skip
     steps = result.region_steps

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from ase.data import chemical_symbols
 
+from lmp_hl import keys
 from lmp_hl.metrics import Interval
 from lmp_hl.predictions import CONTROLS, Predictions, coordination, predict, read
 from lmp_hl.report import EXTRAPOLATING, MEANINGS, report
@@ -140,7 +141,7 @@ def write_figures(
                 {n: (p.fields[name], p.error) for n, p in ordered.items()},
                 folder / f"error_{name}.png",
                 plots.field_label(name, first.field_units[name]),
-                calibrated=name in first.sizes,
+                "size" if name in first.sizes else "bound" if name == keys.FORCE_BOUND else "rank",
                 kinds={n: p.kinds for n, p in ordered.items()},
             )
         )

@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import EllipseCollection, LineCollection
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
@@ -88,6 +89,7 @@ STYLE: Any = {
 # positive quantities that span more than this ratio get a logarithmic axis
 LOG_RATIO = 15.0
 ERROR_BINS = 12  # of equal count, along a predicted error
+MOST_IN_A_ROW = 4  # panels of rankings
 ATOM_RADIUS = 1.1  # Å, as drawn
 
 FIELD_LABELS = {
@@ -303,12 +305,19 @@ def parity(
     return _save(figure, path)
 
 
+def _plain_decades(axis: Axis) -> None:
+    """Label 1, 2, 5, 10 ... of a logarithmic axis as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 @_styled
 def uncertainty_error(
     sets: Mapping[str, tuple[Array, Array]],
     path: Path | str,
     label: str = "predicted force error (eV/Å)",
-    calibrated: bool = True,
+    meaning: str = "size",
     kinds: Mapping[str, NDArray[Any]] | None = None,
 ) -> Path:
     """A field against the atom's true force error, with the error's size in bins of equal count.
@@ -318,34 +327,36 @@ def uncertainty_error(
             unit of `label`, and the force error sqrt(|ΔF|²/3) (num_atoms,), eV/Å.
         path: PNG to write.
         label: axis label of the field.
-        calibrated: the field predicts the error's size: logarithmic axis, ideal line and a band of
-            a factor two. Otherwise the field only ranks, and its axis is linear.
+        meaning: "size" of the error: logarithmic axis, ideal line and a band of a factor two;
+            "bound" on it: logarithmic axis and the line that the error should stay below; "rank":
+            larger is worse, on a linear axis.
         kinds: for each set the config_type of every atom (num_atoms,); adds a panel coloured by it.
     """
     known = sorted({str(k) for v in (kinds or {}).values() for k in np.unique(v)})
     panels = 1 + (len(known) > 1)
-    figure = _figure(5.0 * panels, 4.5)
+    figure = _figure(5.0 * panels, 5.0)
     axes = figure.subplots(1, panels, squeeze=False, sharex=True, sharey=True)[0]
     errors = np.concatenate([e for _, e in sets.values()])
     field = np.concatenate([f for f, _ in sets.values()])
     floor = max(1e-3 * np.median(errors[errors > 0]), 1e-6) if (errors > 0).any() else 1e-6
     visible = np.maximum(errors, floor)
-    if calibrated:
+    in_force_units = meaning != "rank"
+    if in_force_units:
         x_range = (np.quantile(field, 0.0005) / 1.5, field.max() * 1.5)
         line = np.array(x_range)
     else:
         pad = 0.03 * (np.ptp(field) or 1.0)
         x_range = (field.min() - pad, field.max() + pad)
     for ax in axes:
-        if calibrated:
+        if in_force_units:
             ax.set_xscale("log")
-            ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-            ax.xaxis.set_minor_formatter(NullFormatter())
-            ax.fill_between(line, line / 2, line * 2, color=GRID, alpha=0.8, lw=0, zorder=0)
+            _plain_decades(ax.xaxis)
+            if meaning == "size":
+                ax.fill_between(line, line / 2, line * 2, color=GRID, alpha=0.8, lw=0, zorder=0)
             ax.plot(line, line, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=4)
         ax.set(yscale="log", xlabel=label, xlim=x_range)
         ax.set_ylim(np.quantile(visible, 0.002) / 1.3, visible.max() * 1.5)
+        _plain_decades(ax.yaxis)
         ax.grid(which="minor", lw=0.3)
     axes[0].set_ylabel("true force error $|\\Delta F|/\\sqrt{3}$ (eV/Å)")
 
@@ -358,7 +369,7 @@ def uncertainty_error(
         )  # fmt: skip
     for name, (std, error) in sets.items():
         color = SET_COLORS.get(name, GREEN)
-        if calibrated:
+        if in_force_units:
             curve = reliability_curve(std, error, ERROR_BINS)
             x, y = curve.predicted, curve.observed
         else:
@@ -369,9 +380,11 @@ def uncertainty_error(
             x, y, color=color, marker="o", ms=5.5, mec="white", mew=0.9, zorder=6,
             label=f"{name}: RMS in {len(x)} equal bins",
         )  # fmt: skip
-    if calibrated:
-        axes[0].plot([], [], color=INK, lw=0.9, ls=(0, (4, 3)), label="ideal, band: factor 2")
-    axes[0].legend(loc="upper left")
+    if in_force_units:
+        words = "ideal, band: factor 2" if meaning == "size" else "error = bound"
+        axes[0].plot([], [], color=INK, lw=0.9, ls=(0, (4, 3)), label=words)
+    below: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.13)}  # hides no point
+    axes[0].legend(**below, ncols=2)
     axes[0].set_title("Uncertainty against true error")
     if panels == 2:
         order = [(f, e, np.asarray((kinds or {})[n]).astype(str)) for n, (f, e) in sets.items()]
@@ -386,7 +399,7 @@ def uncertainty_error(
             axes[1].scatter(
                 [], [], s=22, color=colors[k], label=f"{k} ({np.count_nonzero(kind == k):,})"
             )
-        axes[1].legend(loc="upper left", handletextpad=0.1, ncols=1 + (len(known) > 8))
+        axes[1].legend(**below, handletextpad=0.1, ncols=3)
         axes[1].set_title("By configuration type (atoms)")
     return _save(figure, path)
 
@@ -407,10 +420,15 @@ def rankings(
     """
     names = list(dict.fromkeys(n for scores, _ in panels.values() for n in scores))
     names = [n for n in names if n in fields] + [n for n in names if n not in fields]
-    figure = _figure(1.9 + 2.45 * len(panels), 0.9 + 0.3 * len(names))
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    nrows = -(-len(panels) // MOST_IN_A_ROW)
+    ncols = -(-len(panels) // nrows)
+    figure = _figure(1.9 + 2.45 * ncols, 0.5 + (0.4 + 0.3 * len(names)) * nrows)
+    grid = figure.subplots(nrows, ncols, squeeze=False, sharey=True)
+    axes = grid.ravel()
     rows = np.arange(len(names))[::-1]
-    for ax, (title, (scores, nothing)) in zip(axes, panels.items(), strict=True):
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    for ax, (title, (scores, nothing)) in zip(axes, panels.items(), strict=False):
         ax.axvline(nothing, color=MUTED, lw=0.8, zorder=1)
         best = max(
             (n for n in fields if n in scores and np.isfinite(scores[n].value)),
@@ -435,10 +453,10 @@ def rankings(
         low = min([nothing, *(s.low for s in scores.values() if np.isfinite(s.low))])
         ax.set(title=title, xlim=(low - 0.05, 1.03), ylim=(-0.7, len(names) - 0.3))
         ax.grid(axis="y", visible=False)
-    first = axes[0]
-    first.set_yticks(rows, [field_label(n) for n in names])
-    for text, name in zip(first.get_yticklabels(), names, strict=True):
-        text.set_color(INK if name in fields else MUTED)
+    for first in grid[:, 0]:
+        first.set_yticks(rows, [field_label(n) for n in names])
+        for text, name in zip(first.get_yticklabels(), names, strict=True):
+            text.set_color(INK if name in fields else MUTED)
     figure.supxlabel(
         "95 % intervals over frames   •   fields ●, best field in orange, trivial controls ■",
         fontsize=8.5,
@@ -536,8 +554,10 @@ def time_series(
     thresholds: Mapping[str, float],
     path: Path | str,
     time_label: str = "time (ps)",
+    title: str = "Uncertainty over time",
+    threshold_label: str = "threshold",
 ) -> Path:
-    """Mean, quantile and largest value of each field against time, one panel per field.
+    """Curves of each field against time, such as mean and largest value, one panel per field.
 
     Args:
         time: (num_frames,).
@@ -546,6 +566,8 @@ def time_series(
         thresholds: value drawn as a line, by field.
         path: PNG to write.
         time_label: axis label of the time.
+        title: of the figure.
+        threshold_label: what the thresholds are.
     """
     figure = _figure(6.8, 0.5 + 2.1 * len(series))
     axes = figure.subplots(len(series), 1, squeeze=False, sharex=True)[:, 0]
@@ -553,12 +575,13 @@ def time_series(
         for (name, values), color in zip(curves.items(), (BLUE, ORANGE, RED, GREEN), strict=False):
             ax.plot(time, values, color=color, label=name, marker="o" if len(time) < 3 else None)
         if field in thresholds:
-            ax.axhline(thresholds[field], color=MUTED, lw=1, ls=(0, (4, 3)), label="threshold")
+            line = thresholds[field]
+            ax.axhline(line, color=MUTED, lw=1, ls=(0, (4, 3)), label=threshold_label)
         ax.set_ylabel(labels[field])
         lowest = min(float(np.min(v)) for v in curves.values())
         if lowest > 0 and max(float(np.max(v)) for v in curves.values()) > LOG_RATIO * lowest:
             ax.set_yscale("log")
-    axes[0].set_title("Uncertainty over time")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10.5)
     axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=4, borderaxespad=0.2)
     axes[-1].set_xlabel(time_label)
     figure.align_ylabels(list(axes))
