@@ -12,7 +12,7 @@ from provenance import one_line
 from uncertainty_rows import ABLATIONS, METHODS
 
 from lmp_hl.evaluate import TITLES
-from lmp_hl.plots import BLUE, MUTED, RED, STYLE
+from lmp_hl.plots.style import BLUE, MUTED, RED, STYLE
 from lmp_hl.report import MEANINGS
 
 matplotlib.use("Agg")

@@ -99,7 +99,7 @@ def default_threshold(values: Array) -> float:
 
 def histogram_edges(low: float, high: float) -> Array:
     """(81,) edges from low to high, of one ratio where values are positive and span much."""
-    from lmp_hl.plots import LOG_RATIO
+    from lmp_hl.plots.style import LOG_RATIO
 
     if low > 0 and high > LOG_RATIO * low:
         edges = np.geomspace(low, high, NUM_BINS + 1)
@@ -569,7 +569,7 @@ def print_summary(result: Analysis, written: list[Path]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lmp_hl.plots import UNIT_LABELS
+    from lmp_hl.plots.style import UNIT_LABELS
 
     console = Console(highlight=False)
     if not console.is_terminal:
