@@ -7,8 +7,8 @@ from torch import Tensor
 from .. import keys
 from ..nn.backbone import Features
 from ..nn.heads import AtomicEnergy, invariants
-from .base import Atoms, Method, Sizes
-from .per_element import Array, error_scale, principal_axes, rows_of
+from .base import Atoms, Sizes
+from .per_element import Array, PerElement, error_scale, principal_axes, rows_of
 
 COLUMNS = 32  # principal axes in which the mixture lives
 COMPONENTS = 8  # at most, per element
@@ -17,7 +17,7 @@ MAX_ATOMS = 10000  # of an element that the mixture is fitted to
 SEED = 0
 
 
-class LatentDensity(Method):
+class LatentDensity(PerElement):
     """Gaussian mixture per element on the invariant features, fitted to the training atoms.
 
     Features are projected on the element's leading principal axes, z = A^T (x - mu) / s, where
@@ -40,7 +40,6 @@ class LatentDensity(Method):
 
     FIELDS = (keys.LATENT_NLL, keys.DENSITY_FORCE_STD)
 
-    mean: Tensor
     scale: Tensor
     axes: Tensor
     std: Tensor
@@ -74,17 +73,16 @@ class LatentDensity(Method):
         self, features: Features, energy: AtomicEnergy, species: Tensor
     ) -> dict[str, Tensor]:
         """See Method.forward."""
-        x = invariants(features)
-        nll = torch.zeros_like(x[:, 0])
-        for element in range(self.mean.shape[0]):
-            rows = torch.nonzero(species == element).squeeze(1)
-            part = self._nll(x.index_select(0, rows), element) - self.offset[element]
-            nll = nll.index_add(0, rows, part)
+        nll = self.of_all(invariants(features), species)
         size = self._size(nll)
         return {
             keys.LATENT_NLL: nll,
             keys.DENSITY_FORCE_STD: size * self.error_scale.index_select(0, species),
         }
+
+    def of_element(self, x: Tensor, element: int) -> Tensor:
+        """See PerElement.of_element; latent_nll."""
+        return self._nll(x, element) - self.offset[element]
 
     def _nll(self, x: Tensor, element: int) -> Tensor:
         """(n, num_features) of one element -> (n,) nats, up to a constant."""

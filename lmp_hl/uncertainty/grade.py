@@ -8,14 +8,14 @@ from torch import Tensor
 from .. import keys
 from ..nn.backbone import Features
 from ..nn.heads import AtomicEnergy
-from .base import Atoms, Method, Sizes
-from .per_element import Array, principal_axes, rows_of
+from .base import Atoms, Sizes
+from .per_element import Array, PerElement, principal_axes, rows_of
 
 TOLERANCE = 1.01  # MaxVol stops when no swap makes the volume larger by more than this factor
 MAX_SWAPS = 10000
 
 
-class ExtrapolationGrade(Method):
+class ExtrapolationGrade(PerElement):
     """Grade gamma_i = max_j |(x_i A^-1)_j| with A the active set of the atom's element.
 
     x_i = (1, scalars) is what enters the atom's energy linearly; A holds the training atoms of the
@@ -31,7 +31,6 @@ class ExtrapolationGrade(Method):
 
     FIELDS = (keys.EXTRAPOLATION_GRADE,)
 
-    mean: Tensor
     inverse: Tensor
     constant: Tensor
 
@@ -47,14 +46,12 @@ class ExtrapolationGrade(Method):
         self, features: Features, energy: AtomicEnergy, species: Tensor
     ) -> dict[str, Tensor]:
         """See Method.forward."""
-        x = features.scalars
-        grade = torch.zeros_like(x[:, 0])
-        for element in range(self.mean.shape[0]):
-            rows = torch.nonzero(species == element).squeeze(1)
-            centred = x.index_select(0, rows) - self.mean[element]
-            coefficients = self.constant[element] + centred @ self.inverse[element]
-            grade = grade.index_add(0, rows, coefficients.abs().amax(1))
-        return {keys.EXTRAPOLATION_GRADE: grade}
+        return {keys.EXTRAPOLATION_GRADE: self.of_all(features.scalars, species)}
+
+    def of_element(self, x: Tensor, element: int) -> Tensor:
+        """See PerElement.of_element; the grade."""
+        coefficients = self.constant[element] + (x - self.mean[element]) @ self.inverse[element]
+        return coefficients.abs().amax(1)
 
     def fit(self, seen: Atoms, held: Atoms) -> dict[str, object]:
         """Choose the active set of every element among the training atoms.

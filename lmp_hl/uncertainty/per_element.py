@@ -11,9 +11,31 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .base import Method
+
 Array = NDArray[np.float64]
 
 PRIOR_ATOMS = 10  # an element's scale counts the scale of all elements as so many atoms of its own
+
+
+class PerElement(Method):
+    """A method that evaluates the atoms of each element with statistics of their own."""
+
+    mean: Tensor  # (num_elements, num_features)
+
+    def of_element(self, x: Tensor, element: int) -> Tensor:
+        """Features (n, num_features) of atoms of one element -> a number for each, (n,)."""
+        raise NotImplementedError
+
+    def of_all(self, x: Tensor, species: Tensor) -> Tensor:
+        """Features and species of atoms -> `of_element` of each, (num_atoms,)."""
+        if self.mean.shape[0] == 1:  # no rows to pick out
+            return self.of_element(x, 0)
+        out = torch.zeros_like(x[:, 0])
+        for element in range(self.mean.shape[0]):
+            rows = torch.nonzero(species == element).squeeze(1)
+            out = out.index_add(0, rows, self.of_element(x.index_select(0, rows), element))
+        return out
 
 
 class Axes(NamedTuple):
