@@ -191,7 +191,9 @@ public:
     num_shared = stages.attr("num_shared").toInt();
     about.num_sums = (about.num_members > 1 ? 3 * about.num_members : 0) + (int) num_shared;
     dtype = about.dtype == "float64" ? torch::kFloat64 : torch::kFloat32;
-    if (budget == 0.0) budget = device.is_cpu() ? MIB * runtime->portion() : HUGE_VAL;
+    // members take turns in the caches, and each portion reads and writes features of all nodes
+    if (budget == 0.0)
+      budget = device.is_cpu() ? MIB * runtime->portion() * about.num_members : HUGE_VAL;
     describe(request.local_rank, request.local_ranks);
   }
 

@@ -21,7 +21,7 @@ public:
   virtual Tensors final(const Tensors &inputs, bool with_fields) = 0;
   virtual Tensors finish(const Tensors &inputs) = 0;
   virtual std::string name() const = 0;
-  /// MiB of tensors at once with which it is fastest on a CPU.
+  /// MiB of tensors at once with which a single potential is fastest on a CPU.
   virtual double portion() const = 0;
 };
 
