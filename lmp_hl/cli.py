@@ -189,8 +189,9 @@ def _parser() -> argparse.ArgumentParser:
         "an ensemble: a.ckpt b.ckpt c.ckpt hl.pt)",
     )  # fmt: skip
     p.add_argument(
-        "checkpoints", type=Path, nargs="+", metavar="CKPT", help="several: one ensemble of them"
-    )
+        "checkpoints", type=Path, nargs="+", metavar="CKPT",
+        help="several: one ensemble of them; or an hl.pt, to compile it",
+    )  # fmt: skip
     p.add_argument("model", type=Path, metavar="hl.pt")
     p.add_argument(
         "--valid", type=Path, metavar="DATA.xyz",
@@ -246,7 +247,10 @@ def _parser() -> argparse.ArgumentParser:
         "stay",
         "lmp-hl calibrate hl.pt new_labels.xyz --out hl-new.pt",
     )  # fmt: skip
-    p.add_argument("model", type=Path, metavar="hl.pt")
+    p.add_argument(
+        "model", type=Path, metavar="hl.pt",
+        help="not compiled; afterwards: lmp-hl export --runtime aoti hl.pt hl.pt2",
+    )  # fmt: skip
     p.add_argument(
         "data", type=Path, metavar="DATA.xyz",
         help="at least 4 frames (an ensemble: 5) with energy and forces that it was not trained on",

@@ -7,14 +7,18 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+import yaml
 from ase.calculators.singlepoint import SinglePointCalculator
 from conftest import ELEMENTS, make_card, make_potential, make_structure
 from scipy.stats import spearmanr
+from test_compile import write_checkpoint
 
 from lmp_hl import HLCalculator, cli, keys, model_file
 from lmp_hl.ensemble import Ensemble
 from lmp_hl.export import export_potential
 from lmp_hl.training.calibrate import recalibrate
+from lmp_hl.training.checkpoint import export_checkpoint
+from lmp_hl.training.config import ModelConfig, to_yaml
 from lmp_hl.uncertainty import conformal
 
 NOISE = 0.3  # eV/Å
@@ -250,18 +254,22 @@ def test_bad_input_is_refused_and_nothing_written(tiny_model, data, tmp_path, ca
     refused(path, tmp_path / "none.xyz", "none.xyz", capsys)
 
 
-def test_files_without_statistics_are_refused(tiny_model, data, tmp_path, capsys):
-    def altered(name, change):
-        module = torch.jit.load(str(tiny_model))
-        change(getattr(module.stages.ensemble.members, "0").methods.scales)
-        outputs = module(dict(module.selftest_inputs), True, False)
-        module.selftest_outputs = {k: outputs[k].detach() for k in module.selftest_outputs}
-        path = tmp_path / name / "hl.pt"
-        path.parent.mkdir()
-        torch.jit.save(module, str(path))
-        return path
+def altered(path, out, change):
+    """A copy of a model file after `change` of its ensemble."""
+    module = torch.jit.load(str(path))
+    change(module.stages.ensemble)
+    outputs = module(dict(module.selftest_inputs), True, False)
+    module.selftest_outputs = {k: outputs[k].detach() for k in module.selftest_outputs}
+    out.parent.mkdir(exist_ok=True)
+    torch.jit.save(module, str(out))
+    return out
 
-    singular = altered("singular", lambda method: method.distance.whiten.zero_())
+
+def test_files_without_statistics_are_refused(tiny_model, data, tmp_path, capsys):
+    def forget(ensemble):
+        getattr(ensemble.members, "0").methods.scales.distance.whiten.zero_()
+
+    singular = altered(tiny_model, tmp_path / "singular" / "hl.pt", forget)
     refused(singular, data, "their covariance is singular", capsys)
 
     # a file whose methods hold other tensors than ours, as one of another version
@@ -281,6 +289,41 @@ def test_a_compiled_file_is_refused_with_the_cure(compiled_models, data, tmp_pat
     path = tmp_path / "hl.pt2"
     path.write_bytes(compiled_models["mp"].read_bytes())
     refused(path, data, "calibrate the hl.pt of the same checkpoint", capsys)
+
+
+def test_calibrated_files_are_read_back_to_be_compiled(tmp_path):
+    paths = []
+    for k, head in enumerate(("hlgauss", "scalar")):
+        paths.append(write_checkpoint(tmp_path / f"{k}.ckpt", seed=k, head=head))
+        content = torch.load(paths[k], weights_only=True)
+        model = yaml.safe_load(to_yaml(ModelConfig(**content["model"])))
+        card = {"name": "tiny", "config": {"model": model}}
+        torch.save({**content, "card": card}, paths[k])
+    for name, checkpoints in (("one", paths[0]), ("two", paths)):
+        exported = export_checkpoint(checkpoints, tmp_path / f"{name}.pt")
+
+        def calibrated(ensemble):
+            for member in ensemble.members.children():
+                member.methods.scales.bound_factor.fill_(7.0)
+                member.methods.scales.coverage.fill_(0.9)
+            ensemble.force_factor.fill_(1.7)
+
+        changed = altered(exported, tmp_path / f"{name}-changed.pt", calibrated)
+        again = tmp_path / f"{name}-again.pt"
+        assert cli.main(["export", str(changed), str(again)]) == 0
+        inputs = dict(model_file.load(changed).module.selftest_inputs)
+        before, after = (model_file.load(p).evaluate(inputs) for p in (changed, again))
+        for field in before:
+            assert torch.equal(before[field], after[field]), field
+        assert "force_bound" in model_file.load(again).fields
+
+    module = torch.jit.load(str(changed))
+    card = json.loads(module.card)
+    card["ensemble"]["members"][1]["model"]["channels"] = 5
+    module.card = json.dumps(card)
+    torch.jit.save(module, str(changed))
+    with pytest.raises(ValueError, match=r"another version of lmp-hl .*size mismatch"):
+        export_checkpoint(changed, tmp_path / "no.pt")
 
 
 # conformal ---------------------------------------------------------------------------------------

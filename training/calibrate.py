@@ -94,7 +94,8 @@ def recalibrate(
     if model.build is not None:
         raise ValueError(
             f"{model_path}: compiled code cannot be changed; calibrate the hl.pt of the same "
-            "checkpoint (lmp-hl export model.ckpt hl.pt)"
+            "checkpoint (lmp-hl export model.ckpt hl.pt), then compile it (lmp-hl export --runtime "
+            "aoti hl.pt hl.pt2)"
         )
     if model.module.format_version != FORMAT_VERSION:
         raise ValueError(

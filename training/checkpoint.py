@@ -12,14 +12,16 @@ from typing import Any
 import torch
 import yaml
 
+from lmp_hl import keys
 from lmp_hl.ensemble import Ensemble, split_committee
-from lmp_hl.export import export_potential
+from lmp_hl.export import TOLERANCE, export_potential
+from lmp_hl.model_file import load
 from lmp_hl.potential import Potential
 from lmp_hl.uncertainty import METHODS
 
 from . import frames as fr
 from .calibrate import calibrate_ensemble, rank_fields
-from .config import DataConfig, ModelConfig, TrainConfig, to_yaml
+from .config import DataConfig, ModelConfig, TrainConfig, model_config, to_yaml
 from .module import build_potential
 from .notebook import read_metrics
 
@@ -167,6 +169,57 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def load_model_file(
+    path: str | Path, dtype: str | None = None
+) -> tuple[Ensemble, list[str], dict[str, Any]]:
+    """Read an `hl.pt` back into the network it was made from, with what it was calibrated to since.
+
+    Args:
+        path: `hl.pt`.
+        dtype: see load_checkpoint.
+
+    Returns:
+        ensemble (of one, if it is none), elements, card.
+
+    Raises:
+        ValueError: no such file, a compiled one, or one that this lmp-hl evaluates differently.
+    """
+    model = load(path)
+    if model.build is not None:
+        raise ValueError(
+            f"{path}: compiled already; give the hl.pt or checkpoints it was made from"
+        )
+    again = "export it again from its checkpoints"
+    dtype = dtype or model.dtype
+    about = model.card.get("ensemble")
+    parts = about["members"] if about else [model.card["config"]]
+    try:
+        configs = [model_config(part.get("model")) for part in parts]
+        ensemble = Ensemble(
+            [
+                build_potential(dataclasses.replace(config, dtype=dtype), len(model.elements))
+                for config in configs
+            ]
+        )
+        state = model.module.stages.ensemble.state_dict()
+        missing = ensemble.load_state_dict(state, strict=False).missing_keys
+    except (ValueError, RuntimeError) as error:
+        line = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{path}: made by another version of lmp-hl ({line}); {again}") from None
+    if missing:
+        raise ValueError(f"{path}: made by another version of lmp-hl (no {missing[0]}); {again}")
+    ensemble = ensemble.eval().requires_grad_(False)
+    inputs = dict(model.module.selftest_inputs)
+    inputs[keys.EDGE_VECTORS] = inputs[keys.EDGE_VECTORS].to(getattr(torch, dtype))
+    outputs = ensemble(inputs, True)
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[model.dtype])
+    for name, expected in model.module.selftest_outputs.items():
+        error = (outputs[name].double() - expected.double()).abs().max()
+        if not error <= tolerance * max(1.0, float(expected.abs().max())):
+            raise ValueError(f"{path}: this version of lmp-hl gives another {name}; {again}")
+    return ensemble, model.elements, model.card
+
+
 def export_checkpoint(
     checkpoints: str | Path | Sequence[str | Path],
     path: str | Path,
@@ -179,7 +232,8 @@ def export_checkpoint(
     """Export the model.ckpt of finished training runs as `hl.pt` or `hl.pt2`.
 
     Args:
-        checkpoints: written by save_checkpoint; several become the members of one ensemble.
+        checkpoints: written by save_checkpoint; several become the members of one ensemble. Or one
+            `hl.pt`, to be compiled or cast.
         path: file to write.
         runtime: "torchscript" (`hl.pt`, any device) or "aoti" (`hl.pt2`, compiled).
         dtype: "float32" or "float64"; None: as it was trained.
@@ -188,13 +242,17 @@ def export_checkpoint(
         valid: frames that no member was trained on, to calibrate an ensemble's disagreement.
 
     Raises:
-        ValueError: see load_checkpoint, export_compiled, Ensemble and calibrate_ensemble; a single
-            potential and `valid`; members for different elements.
+        ValueError: see load_checkpoint, load_model_file, export_compiled, Ensemble and
+            calibrate_ensemble; a single potential and `valid`; members for different elements.
     """
     potential: Potential | Ensemble
     single = isinstance(checkpoints, str | Path)
     paths = [Path(p) for p in ([checkpoints] if single else checkpoints)]
-    if len(paths) > 1:
+    if paths[0].suffix == ".pt" and len(paths) == 1:
+        if valid is not None:
+            raise ValueError(f"{paths[0]}: a model file is calibrated with lmp-hl calibrate")
+        potential, elements, card = load_model_file(paths[0], dtype)
+    elif len(paths) > 1:
         potential, elements, card = load_ensemble(paths, dtype, valid)
     else:
         potential, elements, card = load_checkpoint(paths[0], dtype)
@@ -236,7 +294,14 @@ def load_ensemble(
     ensemble = Ensemble(members)
     card = dict(cards[0])
     about: dict[str, Any] = {
-        "members": [{"name": c.get("name"), **c.get("training", {})} for c in cards]
+        "members": [
+            {
+                "name": c.get("name"),
+                "model": c.get("config", {}).get("model"),
+                **c.get("training", {}),
+            }
+            for c in cards
+        ]
     }
     if valid is not None:
         labels = ("energy_key", "forces_key", "stress_key")

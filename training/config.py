@@ -382,6 +382,15 @@ def load_config(path: str | Path) -> TrainConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
+def model_config(content: object) -> ModelConfig:
+    """The part `model` of a configuration as a model's card has it.
+
+    Raises:
+        ValueError: it is not what this lmp-hl knows.
+    """
+    return _build(ModelConfig, content, "model", Path())
+
+
 def to_yaml(config: TrainConfig) -> str:
     """The configuration as YAML with every default filled in; load_config reads it back."""
     return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
