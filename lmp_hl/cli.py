@@ -111,9 +111,9 @@ def _label_keys(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _analyze(args: argparse.Namespace) -> int:
-    from lmp_hl import analysis
+    from lmp_hl import analysis_report
 
-    analysis.run(
+    analysis_report.run(
         args.trajectory, args.out, args.axis, dict(args.threshold), number=args.select,
         radius=args.environment, model_path=args.model,
     )  # fmt: skip

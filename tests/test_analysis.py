@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ase.build import bulk
 
-from lmp_hl import analysis
+from lmp_hl import analysis, analysis_report
 from lmp_hl.h5md import Frame
 
 UNITS = {"entropy": "nat", "force_std": "eV Angstrom-1", "distance": "1", "position": "Angstrom"}
@@ -190,7 +190,7 @@ def test_heights_in_a_tilted_cell_are_those_over_its_face():
 
 
 def test_run_writes_tables_and_figures(trajectory, tmp_path, capsys):
-    analysis.run(trajectory, tmp_path / "out", progress=False)
+    analysis_report.run(trajectory, tmp_path / "out", progress=False)
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {
         "analysis.json", "frames.csv", "entropy_over_time.png", "force_std_over_time.png",
@@ -229,7 +229,7 @@ def test_share_of_atoms_extrapolating(frames, tmp_path, capsys, column):
     expected = [(d > 2.0).mean() for d in distance]
     np.testing.assert_allclose(result.column("extrapolating"), expected)
     assert "extrapolating" not in result.fields  # a flag has no threshold or distribution
-    analysis.print_summary(result, [tmp_path / "nothing"])
+    analysis_report.print_summary(result, [tmp_path / "nothing"])
     text = " ".join(capsys.readouterr().out.split())
     assert f"{expected[0]:.1%} → {expected[-1]:.1%}; at most 10%" in text
 
@@ -237,7 +237,7 @@ def test_share_of_atoms_extrapolating(frames, tmp_path, capsys, column):
 def test_one_frame_is_enough(frames, card, tmp_path):
     only = [f | {"extrapolating": f["entropy"] > 2.5} for f in frames[:1]]
     path = write_h5md(tmp_path / "one.h5md", only, card, periodic=(True, True, False))
-    analysis.run(path, progress=False)
+    analysis_report.run(path, progress=False)
     assert (tmp_path / "one-analysis" / "extrapolating.png").stat().st_size > 5_000
     assert (tmp_path / "one-analysis" / "atoms_entropy.png").stat().st_size > 10_000
 

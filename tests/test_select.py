@@ -8,7 +8,7 @@ from conftest import ELEMENTS, make_structure
 from scipy.spatial.transform import Rotation
 from test_analysis import write_h5md
 
-from lmp_hl import analysis, cli, model_file, select
+from lmp_hl import analysis, analysis_report, cli, model_file, select
 
 
 def frame(atoms, k, std):
@@ -129,7 +129,7 @@ def test_the_verb_writes_frames_without_labels(trajectory, tmp_path, capsys):
     assert found[0].arrays["force_std"].max() == pytest.approx(0.73)
     # another run that finds nothing leaves no old selection behind
     nothing = analysis.analyze(trajectory, thresholds={"force_std": 0.9})
-    analysis.select_configurations(nothing, "force_std", tmp_path, 3, None, None)
+    analysis_report.select_configurations(nothing, "force_std", tmp_path, 3, None, None)
     assert "nothing to label" in capsys.readouterr().out
     assert not (tmp_path / "selected.xyz").exists()
     assert cli.main([*words[:4], "--environment", "9"]) == 2
