@@ -18,7 +18,7 @@ import numpy as np
 from ase import Atoms
 from ase.io import read
 from ase.units import GPa
-from make_data import Labelling, single_point, start_worker
+from labels import Labelling, single_point, start_worker
 
 PRODUCTION = Labelling()
 FINE = replace(PRODUCTION, cutoff=400.0, rel_cutoff=60.0, eps_default=1e-12, eps_scf=1e-7)
