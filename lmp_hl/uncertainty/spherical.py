@@ -30,10 +30,10 @@ class ComponentHistograms(Method):
     """What heads that know only components of the force error have in common.
 
     The component y of atom i's error along a direction n has the probabilities softmax(z(n))_k in
-    uniform bins around 0 in units of u_i = s_z d_i, d the feature distance (distance.py) and s_z
-    the element's size: growth away from the data is the default's (but for its damping where
-    symmetry forbids a force), so that rows of a table differ in the distribution alone. Logits are
-    of low rank in k, z_k(n) = sum_r v_r(n) f_r(k), with
+    uniform bins around 0 in units of u_i = s_z d_i, d the atom's own feature distance (distance.py)
+    and s_z the element's size: it grows away from the data as the default does, but for what that
+    takes from neighbours and from symmetry. Logits are of low rank in k, z_k(n) = sum_r v_r(n)
+    f_r(k), with
 
         f_r even: ln(1 + (c_k / a_r)^2), a Student t's logit;   f_r odd: c_k / sqrt(c_k^2 + a_r^2)
 
