@@ -43,7 +43,8 @@ def evaluate(potential, structure):
 
 
 def fields_of(potential, atoms):
-    return potential.fields(atoms.features, atoms.energy, atoms.species)
+    edges = atoms.edge_index, atoms.edge_weights
+    return potential.fields(atoms.features, atoms.energy, atoms.species, *edges)
 
 
 def true_covariances(method, atoms):
@@ -304,14 +305,15 @@ def test_numbers_of_atoms_stay_symbols_when_the_fields_are_traced(fitted):
     """What exporting a compiled model does first, without the minutes that the rest takes."""
     potential, _, held, _ = fitted
 
-    def fields(scalars, tensors, species):
+    def fields(scalars, tensors, species, *edges):
         energy = potential.energy_head(scalars, species)
-        out = potential.fields(Features(scalars, tensors), energy, species)
+        out = potential.fields(Features(scalars, tensors), energy, species, *edges)
         return tuple(out[name] for name in FIELDS)
 
     def inputs(number):
         atoms = held.rows(torch.arange(number))
-        return atoms.features.scalars, atoms.features.tensors, atoms.species
+        edges = atoms.edge_index, atoms.edge_weights
+        return atoms.features.scalars, atoms.features.tensors, atoms.species, *edges
 
     traced = make_fx(fields, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs(40))
     for value, expected in zip(traced(*inputs(7)), fields(*inputs(7)), strict=True):
@@ -344,7 +346,10 @@ def test_float32_keeps_the_fields_and_gradients_reach_the_positions(fitted):
     single = copy.deepcopy(potential).float()
     features = Features(*(x.float() for x in atoms.features))
     energy = type(atoms.energy)(*(x.float() for x in atoms.energy))
-    found = single.fields(features, energy, atoms.species)
+    weights = atoms.edge_weights.float()
+    found = fields_of(
+        single, atoms._replace(features=features, energy=energy, edge_weights=weights)
+    )
     inputs = inputs_of(make_structure(ELEMENTS[:2], 9, seed=4))
     vectors = inputs[keys.EDGE_VECTORS].requires_grad_(True)
     out = potential(inputs, True, True)
