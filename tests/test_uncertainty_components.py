@@ -292,7 +292,8 @@ def test_fields_travel_in_the_model_file_and_are_calibrated_anew(tmp_path, monke
         atoms.calc = SinglePointCalculator(atoms, energy=frame.energy, forces=30 * frame.forces)
         frames.append(atoms)
     write(tmp_path / "other.xyz", frames)
-    larger = recalibrate(path, tmp_path / "other.xyz", tmp_path / "new.pt")["force_rmse"]
+    said = recalibrate(path, tmp_path / "other.xyz", tmp_path / "new.pt")["calibration"]
+    larger = said["force_rmse"]
     assert larger > 2 * summary["force_rmse"]
     new = model_file.load(tmp_path / "new.pt")
     found = [new.evaluate(inputs_of(atoms, 2)) for atoms in frames]
