@@ -35,7 +35,7 @@ import torch
 import yaml
 from provenance import provenance
 from uncertainty_data import write_noisy, write_split
-from uncertainty_rows import METHODS, ROWS, TRAININGS, Row, start_of
+from uncertainty_rows import METHODS, ROWS, TRAININGS, Method, Row, start_of
 from uncertainty_tables import write_results
 
 from lmp_hl import evaluate, keys, metrics, uncertainty
@@ -181,10 +181,9 @@ class Network:
     fit_seconds: float  # of the processor
 
 
-def unfitted(config: TrainConfig, methods: tuple[str, ...]) -> Eager:
-    """The trained network with new methods; those it was trained with may have changed since."""
-    checkpoint = config.output_dir / "model.ckpt"
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+def unfitted(config: TrainConfig, methods: tuple[str, ...], name: str = "model.ckpt") -> Eager:
+    """A trained network with new methods; those it was trained with may have changed since."""
+    content = torch.load(config.output_dir / name, map_location="cpu", weights_only=True)
     settings = replace(config.model, uncertainty=methods)
     potential = build_potential(settings, len(content["elements"]))
     fresh = {k: v for k, v in potential.state_dict().items() if k.startswith("methods.")}
@@ -194,12 +193,10 @@ def unfitted(config: TrainConfig, methods: tuple[str, ...]) -> Eager:
     return Eager(potential, content["elements"], settings)
 
 
-def load_network(
-    config: TrainConfig, methods: tuple[str, ...], name: str = "model.ckpt"
-) -> Network:
-    """The trained network with `methods` fitted anew; () leaves what `name` says as it is."""
+def load_network(config: TrainConfig, methods: tuple[str, ...]) -> Network:
+    """The trained network with `methods` fitted anew; () leaves those it was trained with."""
     if not methods:
-        trained, elements, card = load_checkpoint(config.output_dir / name)
+        trained, elements, card = load_checkpoint(config.output_dir / "model.ckpt")
         return Network(config, Eager(trained, elements, config.model), card["calibration"], 0.0)
     model = unfitted(config, methods)
     settings = replace(config.model, uncertainty=methods)
@@ -216,13 +213,18 @@ def load_network(
     return Network(config, model, summary, time.process_time() - start)
 
 
-def heads_of(config: TrainConfig) -> list[Network]:
-    """Each head of a trained committee as a network."""
-    committee = unfitted(config, ())
-    return [
-        Network(config, Eager(member, committee.elements, config.model), {}, 0.0)
-        for member in split_committee(committee.potential)
-    ]
+def members_of(method: Method, configs: Sequence[TrainConfig]) -> list[Network]:
+    """The networks whose spread is the uncertainty, without methods of their own."""
+    if method.split:
+        committee = unfitted(configs[0], ())
+        heads = split_committee(committee.potential)
+        models = [Eager(head, committee.elements, configs[0].model) for head in heads]
+    elif method.sampled:
+        names = [f"member_{k}.ckpt" for k in range(method.members)]
+        models = [unfitted(configs[-1], (), name) for name in names]
+    else:
+        models = [unfitted(config, ()) for config in configs]
+    return [Network(configs[-1], model, {}, 0.0) for model in models]
 
 
 def predictions_of(network: Network) -> dict[str, Predictions]:
@@ -333,13 +335,10 @@ def score(row: Row, data: Path, out: Path, num_resamples: int) -> dict[str, Any]
     if unknown:
         raise ValueError(f"no uncertainty method '{unknown[0]}' in this version")
     configs = [_trained(training, data, out) for training in row.trainings()]
-    if method.sampled:
-        names = [f"member_{k}.ckpt" for k in range(method.members)]
-        networks = [load_network(configs[-1], (), name) for name in names]
-    elif method.split:
-        networks = heads_of(configs[0])
+    if method.members > 1 or method.split:
+        networks = members_of(method, configs)
     else:
-        networks = [load_network(config, method.fit) for config in configs]
+        networks = [load_network(configs[0], method.fit)]
     found = [predictions_of(network) for network in networks]
     sets = ensemble(found) if len(networks) > 1 else found[0]
     numbers = (
