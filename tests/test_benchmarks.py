@@ -218,9 +218,10 @@ def test_heads_of_a_trained_committee_are_the_members_of_an_ensemble(benchmark, 
     model = ModelConfig(**torch.load(path, weights_only=True)["model"])
     config = SimpleNamespace(output_dir=tmp_path, model=model)
     frames = random_frames(4).frames
+    networks = script.members_of(script.METHODS["committee_forces"], [config])
     committee, *heads = (
         predict(of_one, frames, "4 frames")
-        for of_one in (script.unfitted(config, ()), *(n.model for n in script.heads_of(config)))
+        for of_one in (script.unfitted(config, ()), *(network.model for network in networks))
     )
     found = script.ensemble([{"valid": predictions} for predictions in heads])["valid"]
     assert len(heads) == 3
