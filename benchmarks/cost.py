@@ -15,6 +15,7 @@ import os
 import re
 import statistics
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -130,6 +131,7 @@ def report(args: argparse.Namespace, chosen: dict[str, tuple[str, str]]) -> None
     for _ in range(args.repeats):
         for name, lines in chosen.items():
             times[name].append(measure(lines, args.cells, args.steps))
+            print(f"{name}: {times[name][-1]:.1f} µs", file=sys.stderr, flush=True)
     base = statistics.median(next(iter(times.values())))
     print(
         f"{8 * args.cells**3} Si atoms, one core, {args.repeats} runs of {args.steps} steps each\n"
