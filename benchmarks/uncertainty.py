@@ -41,10 +41,10 @@ from uncertainty_tables import write_results
 from lmp_hl import evaluate, keys, metrics, uncertainty
 from lmp_hl.ensemble import split_committee
 from lmp_hl.potential import Potential
-from lmp_hl.predictions import Predictions, predict
+from lmp_hl.predictions import Array, Predictions, predict
 from lmp_hl.report import report
 from lmp_hl.training import frames as fr
-from lmp_hl.training.calibrate import calibrate
+from lmp_hl.training.calibrate import calibrate, collect_atoms
 from lmp_hl.training.checkpoint import load_checkpoint
 from lmp_hl.training.config import ModelConfig, TrainConfig, load_config
 from lmp_hl.training.module import build_potential
@@ -53,6 +53,7 @@ from lmp_hl.training.train import baseline_energies
 HERE = Path(__file__).resolve().parent
 TIMED_ATOMS = 1000  # in the batch that inference is timed on
 TIMED_REPEATS = 15
+LLPR = "llpr"
 
 
 # training ---------------------------------------------------------------------------------------
@@ -229,13 +230,29 @@ def members_of(method: Method, configs: Sequence[TrainConfig]) -> list[Network]:
 
 def predictions_of(network: Network) -> dict[str, Predictions]:
     """Of the validation frames ("valid") and of every test file."""
-    data = network.config.data
-    files = {"valid": data.valid, **data.test}
-    return {
-        name: predict(network.model, fr.read_frames(path, data, name, network.model.elements), name)
-        for name, path in files.items()
-        if path is not None
-    }
+    data, model = network.config.data, network.model
+    found = {}
+    for name, path in {"valid": data.valid, **data.test}.items():
+        if path is None:
+            continue
+        frames = fr.read_frames(path, data, name, model.elements)
+        found[name] = predict(model, frames, name)
+        if LLPR in model.potential.methods:
+            found[name].energy_std[keys.LLPR_ENERGY_STD] = rigidity_of_frames(model, frames)
+    return found
+
+
+def rigidity_of_frames(model: Eager, frames: list[fr.Frame]) -> Array:
+    """Standard deviations (num_frames,) of the frames' energies by LLPR, eV.
+
+    They need the sum of the atoms' Jacobians, which no field of single atoms holds.
+    """
+    baseline = dict.fromkeys(model.elements, 0.0)
+    dataset = fr.GraphDataset(
+        frames, model.elements, baseline, model.cutoff, model.num_layers, model.dtype
+    )
+    method = model.potential.methods[LLPR]
+    return np.asarray(method.frame_energy_std(collect_atoms(model.potential, dataset)))
 
 
 def ensemble(members: Sequence[dict[str, Predictions]]) -> dict[str, Predictions]:
@@ -243,7 +260,7 @@ def ensemble(members: Sequence[dict[str, Predictions]]) -> dict[str, Predictions
 
     ensemble_raw_std is sqrt(tr Cov / 3) with Cov the unbiased covariance of an atom's force over
     the members; ensemble_force_std is that times the one factor that makes it right on the
-    validation frames; ensemble_energy_std is the frame's sqrt(Var / N) on each of its N atoms.
+    validation frames. Its ensemble_energy_std is of the frames' energies, as the members give it.
     """
     out = {}
     factor = 1.0
@@ -252,7 +269,6 @@ def ensemble(members: Sequence[dict[str, Predictions]]) -> dict[str, Predictions
         first = parts[0]
         forces, energies = (np.stack([getattr(p, n) for p in parts]) for n in ("forces", "energy"))
         raw = np.sqrt(forces.var(axis=0, ddof=1).mean(axis=1))
-        energy_std = np.sqrt(energies.var(axis=0, ddof=1) / first.num_atoms)
         mean = replace(
             first,
             energy=energies.mean(axis=0),
@@ -269,12 +285,12 @@ def ensemble(members: Sequence[dict[str, Predictions]]) -> dict[str, Predictions
         fields = {
             "ensemble_force_std": (factor * raw, "eV/Angstrom"),
             "ensemble_raw_std": (raw, "eV/Angstrom"),
-            "ensemble_energy_std": (energy_std[first.frame], "eV"),
         }
         out[name] = replace(
             mean,
             fields={n: values for n, (values, _) in fields.items()},
             field_units={n: unit for n, (_, unit) in fields.items()},
+            energy_std={keys.ENSEMBLE_ENERGY_STD: energies.std(axis=0, ddof=1)},
         )
     return out
 

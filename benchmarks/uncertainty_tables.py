@@ -149,7 +149,7 @@ def _energy_table(groups: Mapping[str, Sequence[Result]], which: Sequence[str]) 
             rows.append([f"`{name}`", field, *cells])
     if not rows:
         return []
-    title = "Energies of frames: the variance is the sum over atoms, as if they were independent."
+    title = "Sizes of the errors of frames' energies."
     return [title, "", *_markdown(["method", "field", f"z {order}", f"Spearman {order}"], rows)]
 
 

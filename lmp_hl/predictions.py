@@ -8,7 +8,7 @@ beat it is not worth its price.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -99,6 +99,8 @@ class Predictions:
     fields: dict[str, Array]  # name -> (num_atoms in all,), the model's, energy left out
     field_units: dict[str, str]
     controls: dict[str, Array]  # name -> (num_atoms in all,)
+    # field -> (num_frames,) eV, the size that it gives the error of a frame's energy
+    energy_std: dict[str, Array] = field(default_factory=dict)
 
     @property
     def num_frames(self) -> int:
@@ -118,15 +120,8 @@ class Predictions:
     @property
     def sizes(self) -> list[str]:
         """Fields that claim the size of a force component's error."""
-        return self._ending("std", "eV/Angstrom")
-
-    @property
-    def energy_sizes(self) -> list[str]:
-        """Fields that claim the size of an atom's energy error, as if atoms were independent."""
-        return self._ending("std", "eV")
-
-    def _ending(self, end: str, unit: str) -> list[str]:
-        return [n for n in self.fields if n.endswith(end) and self.field_units[n] == unit]
+        unit = "eV/Angstrom"
+        return [n for n in self.fields if n.endswith("std") and self.field_units[n] == unit]
 
     @property
     def kinds(self) -> NDArray[np.str_]:
@@ -200,6 +195,9 @@ def _predict_frame(model: Model, frame: Frame) -> dict[str, Any]:
         if not np.isfinite(values).all():
             where = f"{frame.source}: the model's {name} is not finite"
             raise ValueError(f"{where}; look at the structure, or leave the frame out")
+    energy_std = {n: np.sqrt((fields[n] ** 2).sum()) for n in names if n in keys.ADDITIVE}
+    if keys.MEMBERS in outputs:
+        energy_std[keys.ENSEMBLE_ENERGY_STD] = outputs[keys.MEMBERS].sum(axis=0).std(ddof=1)
     distances = np.linalg.norm(vectors, axis=1)
     nearest = np.full(len(numbers), float(model.cutoff))
     np.minimum.at(nearest, edge_index[0], distances)
@@ -212,6 +210,7 @@ def _predict_frame(model: Model, frame: Frame) -> dict[str, Any]:
     return {
         "numbers": numbers,
         "energy": energy.sum(),
+        "energy_std": energy_std,
         "stress": stress,
         "stress_true": stress_true,
         "forces": forces,
@@ -269,6 +268,7 @@ def predict(
         fields=join("fields"),
         field_units={n: u for n, u in units.items() if n != keys.ENERGY},
         controls=join("controls"),
+        energy_std={n: np.array([d["energy_std"][n] for d in done]) for n in done[0]["energy_std"]},
     )
 
 

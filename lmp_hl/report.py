@@ -142,9 +142,8 @@ def _promises(p: Predictions, resampling: _Resampling) -> dict[str, Any]:
 
 
 def _energy_calibration(p: Predictions, name: str, resampling: _Resampling) -> dict[str, Any]:
-    """Of the frames' energies, whose variance is the sum over the atoms: size, rank of |ΔE|."""
-    std = np.sqrt(p.per_frame(p.fields[name] ** 2, "mean") * p.num_atoms)
-    error = p.energy - p.energy_true
+    """Of the sizes that a field gives the errors of the frames' energies: ratio, rank of |ΔE|."""
+    std, error = p.energy_std[name], p.energy - p.energy_true
     found = {
         "size_ratio": resampling.interval(lambda w: metrics.size_ratio(std, error, w), p.num_frames)
     }
@@ -363,9 +362,7 @@ def report(
                 n: _calibration(p, p.signals[n], resampling) for n in sizes if n in p.signals
             },
             "promises": _promises(p, resampling),
-            "energy_calibration": {
-                n: _energy_calibration(p, n, resampling) for n in p.energy_sizes
-            },
+            "energy_calibration": {n: _energy_calibration(p, n, resampling) for n in p.energy_std},
             "by_element": _parts(p, p.numbers, elements),
             "by_config_type": _parts(p, p.kinds, kinds),
         }

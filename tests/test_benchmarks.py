@@ -17,6 +17,7 @@ from ase.io import read, write
 from test_compile import write_checkpoint
 from test_uncertainty_posthoc import dataset as random_frames
 
+from lmp_hl.graph import graph_inputs
 from lmp_hl.predictions import predict
 from lmp_hl.training.config import ModelConfig
 
@@ -203,8 +204,7 @@ def test_an_ensemble_is_the_mean_with_its_spread_right_on_validation_frames(benc
         raw = found[name].fields["ensemble_raw_std"][:20]
         np.testing.assert_allclose(raw, [np.sqrt(np.trace(c) / 3) for c in covariance])
         energies = np.stack([p.energy for p in parts]).std(0, ddof=1)
-        std = found[name].fields["ensemble_energy_std"].reshape(-1, 4)
-        np.testing.assert_allclose(np.sqrt((std**2).sum(1)), energies)
+        np.testing.assert_allclose(found[name].energy_std["ensemble_energy_std"], energies)
     valid, near, far = (found[n] for n in ("valid", "ID", "OOD"))
     assert size_ratio(valid.fields["ensemble_force_std"], valid.error) == pytest.approx(1)
     # 6000 components either side: 1 % each
@@ -232,6 +232,24 @@ def test_heads_of_a_trained_committee_are_the_members_of_an_ensemble(benchmark, 
     raw = found.fields["ensemble_raw_std"]
     np.testing.assert_allclose(raw, np.sqrt((spread**2).mean(1)), rtol=1e-5)
     assert raw.min() > 0
+
+
+def test_rigidity_of_a_frame_is_that_of_the_sum_of_its_atoms(benchmark, tmp_path):
+    script = benchmark("uncertainty")
+    path = write_checkpoint(tmp_path / "model.ckpt", uncertainty=("llpr",))
+    model = ModelConfig(**torch.load(path, weights_only=True)["model"])
+    network = script.unfitted(SimpleNamespace(output_dir=tmp_path, model=model), ("llpr",))
+    frames = random_frames(4).frames
+    found = script.rigidity_of_frames(network, frames)
+    # without data every direction is equally free: alpha |sum_i J_i|
+    for frame, std in zip(frames, found, strict=True):
+        inputs = graph_inputs(frame, network.elements, network.cutoff, 1, network.dtype)
+        features, energy = network.potential.atoms(inputs)
+        method = network.potential.methods["llpr"]
+        rows = method.jacobian(features, energy, inputs["species"]).double()
+        np.testing.assert_allclose(std, rows.sum(0).norm().item(), rtol=1e-4)
+    fields = predict(network, frames, "4 frames")
+    assert fields.energy_std == {}  # the squares of llpr_energy_std do not add up to it
 
 
 def test_every_row_has_a_method_and_every_method_a_training(benchmark):

@@ -22,6 +22,9 @@ from lmp_hl.report import with_constants
 CUTOFF = 5.0
 
 
+FIELDS = ("force_std", "distance", "force_bound", "mean_variance_energy_std")
+
+
 @dataclass
 class PairModel:
     """Lennard-Jones as a model file: force_std grows with the distance to the nearest neighbour."""
@@ -31,9 +34,7 @@ class PairModel:
     num_layers: int = 1
     dtype: str = "float64"
     card: dict = field(default_factory=lambda: {"conformal": {"coverage": 0.9}})
-    fields: list = field(
-        default_factory=lambda: ["energy", "force_std", "distance", "force_bound", "energy_std"]
-    )
+    fields: list = field(default_factory=lambda: ["energy", *FIELDS])
     field_units: list = field(
         default_factory=lambda: ["eV", "eV/Angstrom", "1", "eV/Angstrom", "eV"]
     )
@@ -59,7 +60,7 @@ class PairModel:
             keys.FORCE_STD: std,
             keys.DISTANCE: torch.ones_like(std),
             "force_bound": 1.5 * std,
-            "energy_std": torch.full_like(std, 0.002),
+            FIELDS[3]: torch.full_like(std, 0.002),
         }
 
 
@@ -212,7 +213,7 @@ def test_bounds_and_energy_sizes_are_held_against_what_they_claim(report):
         assert covered == pytest.approx(chi2.cdf(3 * 1.5**2, 3), abs=0.06)
         assert "force_bound" not in numbers["calibration"]
         # 2 meV per atom, right for one atom, is sqrt(32) of the true 2 meV per atom of all
-        energy = numbers["energy_calibration"]["energy_std"]["size_ratio"]["value"]
+        energy = numbers["energy_calibration"]["mean_variance_energy_std"]["size_ratio"]["value"]
         assert energy == pytest.approx(1 / np.sqrt(32))
 
 
@@ -299,7 +300,7 @@ def test_figures_are_written(sets, report, tmp_path):
     paths = evaluate.write_figures(tmp_path / "f", {"held out": sets[0], "seen": sets[1]}, report)
     assert [p.name for p in paths] == [
         "parity.png",
-        *(f"error_{n}.png" for n in ("force_std", "distance", "force_bound", "energy_std")),
+        *(f"error_{n}.png" for n in FIELDS),
         "rankings.png",
     ]  # fmt: skip
     assert all(p.stat().st_size > 10_000 for p in paths)

@@ -42,7 +42,8 @@ class LastLayerRigidity(Method):
 
     `llpr_energy_std` is sqrt(var_i). A replicated cell has J proportional to the number of copies,
     and so has its standard deviation: errors of equal atoms are the same error. Per atom it holds
-    the freedom to shift energy between sites, too, which totals and forces leave open.
+    the freedom to shift energy between sites, too, which totals and forces leave open: it is larger
+    than the total's error, and its squares do not add up to var(E_f), which `frame_energy_std` has.
     `llpr_force_std` is s_z sqrt(x_i^T (M + lambda)^-1 x_i) without the biases. M is that block of
     H, or the mean of x x^T over the training atoms, which is the rigidity that labels of single
     atoms would give and does not feel that freedom; M and lambda are those that rank validation
