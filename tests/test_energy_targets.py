@@ -194,6 +194,30 @@ def test_sum_is_the_convolution_of_the_atoms_histograms(structure_factory):
     assert float(value) == pytest.approx(expected, rel=0.05)
 
 
+def test_sum_widens_for_no_error_beyond_its_bound(structure_factory):
+    """Or else the first errors after the warm-up, many times the spread, tear the network apart."""
+    potential = alike()
+    head = potential.energy_head
+
+    def widening(error):
+        batch = labelled_batch(potential, structure_factory, error)
+        atoms = head(potential.backbone(batch).scalars, batch[keys.SPECIES])
+        logits = atoms.logits.detach().requires_grad_()
+        residual = head.bin_width * (torch.softmax(logits, 1) @ head.offsets)
+        each = (atoms.anchor.detach() + residual).double()
+        energy = torch.zeros(2, dtype=torch.float64).index_add(0, batch[fr.BATCH], each)
+        prediction = losses.Prediction(
+            energy, torch.zeros(0), torch.zeros(0), atoms._replace(logits=logits)
+        )
+        loss = energy_targets.of_the_sum(head, prediction, batch).loss
+        gradient = torch.autograd.grad(loss, logits)[0]
+        return gradient + gradient.flip(1)  # of a symmetric histogram: the mean's share drops out
+
+    near, far = widening(0.002), widening(3.0)
+    torch.testing.assert_close(far, widening(6.0), rtol=1e-6, atol=1e-9)
+    assert far.norm() > 2 * near.norm()
+
+
 # runs --------------------------------------------------------------------------------------------
 CONTROLS = {
     "latent": ({}, {"energy_target": "latent"}),

@@ -17,6 +17,7 @@ from lmp_hl.nn.heads import HistogramEnergy
 from . import frames as fr
 from .losses import HistogramLoss, Prediction, energy_histogram, weighted
 
+BEYOND: Final = 4.0  # squared error over variance beyond which `of_the_sum` widens no further
 NAMES: Final = ("shares", "latent", "pooled_probs", "pooled_logits", "sum")
 
 
@@ -117,8 +118,12 @@ def of_the_sum(
     variance = variance * head.bin_width.square()
     least = num_atoms * head.kernel_variance() * head.bin_width.square()
     residual = prediction.energy - batch[fr.TARGET_ENERGY]
-    entropy = 0.5 * (torch.log(variance / least) + (residual.square() + least) / variance - 1.0)
-    per_frame = 2.0 * variance.detach() / num_atoms * entropy
+    fixed, squared = variance.detach(), residual.square()
+    # an error far beyond the spread would widen every histogram by much more than the rate allows
+    known = torch.minimum(squared.detach(), BEYOND * fixed)
+    entropy = 0.5 * (torch.log(variance / least) + (known + least) / variance - 1.0)
+    entropy = entropy + 0.5 * (squared - known) / fixed
+    per_frame = 2.0 * fixed / num_atoms * entropy
     excess = (variance.detach() - least).clamp(min=0.0).mean()
     spread = (excess / residual.detach().square().mean().clamp(min=1e-24)).sqrt()
     loss = weighted(per_frame, frame_weights).mean()
