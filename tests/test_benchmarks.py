@@ -106,8 +106,8 @@ def lennard_jones(rng, rattle, num_frames):
 def test_rows_are_trained_once_scored_and_written_and_missing_ones_give_a_reason(
     benchmark, monkeypatch, tmp_path, capsys
 ):
-    modules = ("uncertainty", "uncertainty_data", "uncertainty_rows", "uncertainty_tables")
-    script, data, rows, tables = (benchmark(name) for name in modules)
+    script, training = benchmark("uncertainty"), benchmark("uncertainty_training")
+    data, rows, tables = (benchmark(f"uncertainty_{n}") for n in ("data", "rows", "tables"))
     rng = np.random.default_rng(0)
 
     def split(folder):
@@ -115,7 +115,7 @@ def test_rows_are_trained_once_scored_and_written_and_missing_ones_give_a_reason
         return {name: lennard_jones(rng, *how) for name, how in parts.items()}
 
     monkeypatch.setitem(data.DATASETS, "argon", ("", split))
-    monkeypatch.setattr(script, "HERE", tmp_path)
+    monkeypatch.setattr(training, "HERE", tmp_path)
     (tmp_path / "uncertainty_argon.yaml").write_text(
         textwrap.dedent("""\
             name: argon
