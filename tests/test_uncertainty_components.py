@@ -10,7 +10,7 @@ import torch
 from conftest import CUTOFF, ELEMENTS, make_card, make_structure
 from scipy.integrate import lebedev_rule
 from scipy.spatial.transform import Rotation
-from test_uncertainty_posthoc import dataset, with_methods
+from test_uncertainty_posthoc import assert_compiled_gives_the_same, dataset, with_methods
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lmp_hl import histogram, keys, model_file
@@ -325,19 +325,7 @@ def test_numbers_of_atoms_stay_symbols_when_the_fields_are_traced(fitted):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs g++")
 def test_compiled_model_gives_the_same_fields(fitted, tmp_path):
-    from lmp_hl.compile import export_compiled
-
-    potential = fitted[0]
-    path = export_compiled(potential, ELEMENTS[:2], make_card(), tmp_path / "hl.pt2")
-    model = model_file.load(path)
-    for structure in (
-        make_structure(ELEMENTS[:2], 11, seed=3),
-        make_structure(ELEMENTS[:1], 1)[:0],
-    ):
-        inputs = inputs_of(structure)
-        eager, read = potential(inputs, True), model.evaluate(inputs)
-        for name in FIELDS:
-            torch.testing.assert_close(read[name], eager[name].detach(), rtol=EXACT, atol=EXACT)
+    assert_compiled_gives_the_same(fitted[0], FIELDS, tmp_path)
 
 
 def test_float32_keeps_the_fields_and_gradients_reach_the_positions(fitted):

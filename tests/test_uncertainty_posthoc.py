@@ -96,6 +96,22 @@ def evaluate(potential, structure, layers=1):
     return {name: value for name, value in potential(inputs, True).items() if name in FIELDS}
 
 
+def assert_compiled_gives_the_same(potential, names, folder):
+    """Fields of compiled and of eager code, also of no atoms."""
+    from lmp_hl.compile import export_compiled
+
+    path = export_compiled(potential, ELEMENTS[:2], make_card(), folder / "hl.pt2")
+    model = model_file.load(path)
+    for structure in (
+        make_structure(ELEMENTS[:2], 11, seed=3),
+        make_structure(ELEMENTS[:1], 1)[:0],
+    ):
+        inputs = graph_inputs(structure, ELEMENTS[:2], CUTOFF, 1, "float64")
+        eager, read = potential(inputs, True), model.evaluate(inputs)
+        for name in names:
+            torch.testing.assert_close(read[name], eager[name].detach(), rtol=EXACT, atol=EXACT)
+
+
 def atoms_of(potential, structures):
     graphs = []
     for structure in structures:
@@ -203,19 +219,7 @@ def test_numbers_of_atoms_stay_symbols_when_the_fields_are_traced(fitted):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs g++")
 def test_compiled_model_gives_the_same_fields(fitted, tmp_path):
-    from lmp_hl.compile import export_compiled
-
-    potential = fitted[0]
-    path = export_compiled(potential, ELEMENTS[:2], make_card(), tmp_path / "hl.pt2")
-    model = model_file.load(path)
-    for structure in (
-        make_structure(ELEMENTS[:2], 11, seed=3),
-        make_structure(ELEMENTS[:1], 1)[:0],
-    ):
-        inputs = graph_inputs(structure, ELEMENTS[:2], CUTOFF, 1, "float64")
-        eager, read = potential(inputs, True), model.evaluate(inputs)
-        for name in FIELDS:
-            torch.testing.assert_close(read[name], eager[name].detach(), rtol=EXACT, atol=EXACT)
+    assert_compiled_gives_the_same(fitted[0], FIELDS, tmp_path)
 
 
 def test_float32_keeps_the_fields(fitted):

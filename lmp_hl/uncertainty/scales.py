@@ -18,6 +18,7 @@ from . import conformal
 from .base import Atoms, Method, Sizes
 from .distance import FeatureDistance
 from .neighbors import neighbor_mean
+from .penalised import minimise
 from .per_element import error_scale
 
 FOLDS = 4
@@ -219,9 +220,6 @@ class ForceDistribution(nn.Module):
         tied = ((self.shape_weight, PENALTY), (self.delta, 1e-2), (self.log_spread, 1e-2))
         for parameter, _ in tied:
             nn.init.zeros_(parameter)
-            parameter.requires_grad_(True)
-        parameters = [parameter for parameter, _ in tied]
-        optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
         num_elements = len(self.size)
 
         def sizes(shape: ForceShape) -> Tensor:
@@ -229,21 +227,13 @@ class ForceDistribution(nn.Module):
             return error_scale(expected, atoms.errors, atoms.species, num_elements)
 
         def loss() -> Tensor:
-            optimizer.zero_grad()
             shape = self(atoms.features.tensors)
             size = sizes(shape)[atoms.species]
             with torch.no_grad():
                 errors = _above_noise(atoms.errors, NOISE * size * growth * shape.damping)
-            value = -self.log_density(shape, size, growth, errors).mean()
-            for weight, strength in tied:
-                value = value + strength * weight.square().sum()
-            value.backward()
-            return value
+            return -self.log_density(shape, size, growth, errors).mean()
 
-        with torch.enable_grad():
-            optimizer.step(loss)
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+        minimise(loss, tied, max_iter=100)
         self.size.copy_(sizes(self(atoms.features.tensors)))
 
 

@@ -12,6 +12,7 @@ from ..nn.backbone import Features
 from ..nn.heads import AtomicEnergy, invariants
 from .base import Atoms, Method, Sizes
 from .distance import FeatureDistance
+from .penalised import minimise
 from .per_element import error_scale
 
 NUM_BINS = 64
@@ -227,25 +228,13 @@ class ComponentHistograms(Method):
     def _minimise(
         self, atoms: Atoms, directions: Tensor, statistics: Tensor, penalty: float
     ) -> None:
-        parameters = list(self.parameters())
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        optimizer = torch.optim.LBFGS(parameters, max_iter=50, line_search_fn="strong_wolfe")
+        # `base` is weakly tied to zero: its functions are nearly alike
+        tied = [(p, 1e-6 if p is self.base else penalty) for p in self.parameters()]
 
         def loss() -> Tensor:
-            optimizer.zero_grad()
-            value = self._cross_entropy(atoms.features, directions, statistics)
-            for parameter in parameters:
-                # `base` is weakly tied to zero: its functions are nearly alike
-                strength = 1e-6 if parameter is self.base else penalty
-                value = value + strength * parameter.square().sum()
-            value.backward()
-            return value
+            return self._cross_entropy(atoms.features, directions, statistics)
 
-        with torch.enable_grad():
-            optimizer.step(loss)
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+        minimise(loss, tied, max_iter=50)
 
 
 class SphericalLogits(ComponentHistograms):
