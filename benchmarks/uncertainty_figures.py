@@ -44,25 +44,30 @@ def _reliability(groups: Mapping[str, Sequence[Result]], path: Path) -> Path:
     columns = min(4, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(2.6 * columns + 0.6, 2.6 * rows + 0.3), layout="constrained",
-        squeeze=False,
+        rows, columns, figsize=(2.2 * columns + 0.9, 2.2 * rows + 0.5), layout="constrained",
+        squeeze=False, sharex=True, sharey=True,
     )  # fmt: skip
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
+    everything: list[float] = []
     for ax, (name, result) in zip(axes.flat, shown.items(), strict=False):
         field = sizes_of(result)[0]
-        everything = []
         for which, key in sets_of(result).items():
             curve = result["report"]["sets"][key]["calibration"][field]["reliability"]
             x, y = (
                 1e3 * np.array(curve[f"{end}_eV_per_Angstrom"]) for end in ("predicted", "observed")
             )
             ax.plot(x, y, "o-", color=COLORS[which], ms=4, lw=1.2, label=which)
-            everything += [*x, *np.maximum(y, x.min() / 3)]  # by symmetry some have no error
-        ends = [min(everything) / 1.3, max(everything) * 1.3]
-        ax.plot(ends, ends, color=MUTED, lw=0.8, zorder=0)
-        ax.set(xscale="log", yscale="log", title=name, xlim=ends, ylim=ends)
+            everything += [*x, *y]
+        ax.set_title(name)
         ax.text(0.04, 0.94, field, transform=ax.transAxes, fontsize=7.5, color=MUTED, va="top")
+    # by symmetry some atoms have next to no error
+    ends = [max(min(everything) / 1.3, max(everything) / 2e3), max(everything) * 1.3]
+    for ax in axes.flat:
+        ax.plot(ends, ends, color=MUTED, lw=0.8, zorder=0)
+        ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    for column in range(columns):  # panels above an empty place
+        axes[(len(shown) - 1 - column) // columns, column].tick_params(labelbottom=True)
     axes.flat[0].legend(loc="lower right")
     figure.supxlabel("predicted error of a force component (meV/Å)", fontsize=9.5)
     figure.supylabel("observed (meV/Å)", fontsize=9.5)
@@ -79,6 +84,7 @@ def _bars(ax: Any, labels: Sequence[str], intervals: Sequence[Any], colors: Sequ
         ax.barh(row, value, color=color, height=0.7, alpha=0.85)
         ax.plot([mean(s, "low"), mean(s, "high")], [row, row], color="#1f2933", lw=1.2)
     ax.set_yticks(rows, labels)
+    ax.set_ylim(-0.7, len(labels) - 0.3)
     ax.grid(axis="y", visible=False)
 
 
@@ -87,13 +93,18 @@ def _ranking(groups: Mapping[str, Sequence[Result]], path: Path) -> Path:
     first = next(iter(groups.values()))
     which, within = list(sets_of(first[0])), next(k for k in WITHIN if k in kinds_of(first[0]))
     entries: list[tuple[str, str, Sequence[Result], str]] = []
+    shown: set[tuple[str, float]] = set()  # methods that share a network share fields
     for name, results in groups.items():
         controls = results[0]["report"]["controls"]
         scores = results[0]["report"]["ranking"][sets_of(results[0])[which[-1]]][within]
-        fields = [s for s in scores if s not in controls]
-        for field in fields:
-            if field not in ("excess_entropy", "force_entropy", "ensemble_raw_std"):
+        hidden = {*controls, "excess_entropy", "force_entropy", "ensemble_raw_std"}
+        if results is not first:
+            hidden.add("distance")  # of the default uncertainty on another network
+        for field, score in scores.items():
+            value = (field, score["value"])
+            if field not in hidden and value not in shown:
                 entries.append((f"{name}: {field}", field, results, BLUE))
+            shown.add(value)
     entries += [(f"control: {c}", c, first, MUTED) for c in first[0]["report"]["controls"]]
     figure, axes = plt.subplots(
         1, len(which), figsize=(2.6 + 3.0 * len(which), 0.9 + 0.23 * len(entries)),
