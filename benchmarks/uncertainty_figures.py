@@ -49,7 +49,7 @@ def _reliability(groups: Mapping[str, Sequence[Result]], path: Path) -> Path:
     )  # fmt: skip
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
-    everything: list[float] = []
+    lowest, highest = [], []
     for ax, (name, result) in zip(axes.flat, shown.items(), strict=False):
         field = sizes_of(result)[0]
         for which, key in sets_of(result).items():
@@ -58,11 +58,13 @@ def _reliability(groups: Mapping[str, Sequence[Result]], path: Path) -> Path:
                 1e3 * np.array(curve[f"{end}_eV_per_Angstrom"]) for end in ("predicted", "observed")
             )
             ax.plot(x, y, "o-", color=COLORS[which], ms=4, lw=1.2, label=which)
-            everything += [*x, *y]
+            lowest.append(min(x.min(), y.min()))
+            highest.append(max(x.max(), y.max()))
         ax.set_title(name)
         ax.text(0.04, 0.94, field, transform=ax.transAxes, fontsize=7.5, color=MUTED, va="top")
-    # by symmetry some atoms have next to no error
-    ends = [max(min(everything) / 1.3, max(everything) / 2e3), max(everything) * 1.3]
+    # a method whose training ran away may leave the frame; by symmetry some atoms have no error
+    top = min(max(highest), 4 * float(np.median(highest)))
+    ends = [max(min(lowest), top / 2e3) / 1.3, top * 1.3]
     for ax in axes.flat:
         ax.plot(ends, ends, color=MUTED, lw=0.8, zorder=0)
         ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
