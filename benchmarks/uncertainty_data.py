@@ -92,6 +92,11 @@ def water(folder: Path) -> Split:
     return {**_validation(frames[::4]), "id": _read(folder / "valid.xyz")}
 
 
+def metal(folder: Path) -> Split:
+    """One element of mlearn as it comes: its test frames are of the kinds that are trained on."""
+    return {**_validation(_read(folder / "train.xyz")), "id": _read(folder / "test.xyz")}
+
+
 # name -> folder below the one given by --data, split
 DATASETS: Final[dict[str, tuple[str, Callable[[Path], Split]]]] = {
     "3bpa": ("3bpa", threebpa),
@@ -99,6 +104,7 @@ DATASETS: Final[dict[str, tuple[str, Callable[[Path], Split]]]] = {
     "nbmotaw": ("nbmotaw", alloys),
     "acac": ("acac", acetylacetone),
     "water": ("water", water),
+    **{f"mlearn-{element}": (f"mlearn/{element}", metal) for element in ("Cu", "Mo", "Si")},
 }
 
 

@@ -1,0 +1,111 @@
+"""Runs in a peer's own environment: predictions on frames, time per step, number of parameters.
+
+    python front_inside.py predict mace FILE frames.xyz predictions.npz
+    python front_inside.py time allegro FILE crystal.xyz SECONDS
+    python front_inside.py count deepmd FILE
+
+Timed is the call of the model with a graph that is made once: neighbour list and integration,
+which LAMMPS also does, are not counted.
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+import torch
+from ase.io import read
+
+WARM_CALLS = 3
+LEAST_CALLS = 3
+
+
+class Mace:
+    """MACE's ASE calculator, from its pickled or its scripted model."""
+
+    def __init__(self, path):
+        from mace.calculators import MACECalculator
+
+        self.calculator = MACECalculator(model_paths=path, device="cpu", default_dtype="float32")
+
+    def step(self, atoms):
+        """A function that evaluates energy and forces of one graph."""
+        model = self.calculator.models[0]
+        graph = self.calculator._atoms_to_batch(atoms)
+        for key in graph.keys:
+            if torch.is_tensor(graph[key]) and graph[key].is_floating_point():
+                graph[key] = graph[key].float()
+        graph = graph.to_dict()
+        return lambda: model(dict(graph), compute_stress=False)
+
+    def num_parameters(self):
+        """Trained ones."""
+        return sum(p.numel() for p in self.calculator.models[0].parameters())
+
+
+class Allegro:
+    """NequIP's ASE calculator, from a compiled model."""
+
+    def __init__(self, path):
+        from nequip.integrations.ase import NequIPCalculator
+
+        self.calculator = NequIPCalculator.from_compiled_model(path, device="cpu")
+
+    def step(self, atoms):
+        """A function that evaluates energy, forces and stress of one graph."""
+        graph = self.calculator.atoms_to_data(atoms)
+        return lambda: self.calculator.call_model(dict(graph))
+
+
+def predict(model, source, target):
+    """Energy, forces and stress (ASE's sign) of every frame, the atoms in one long array."""
+    energies, forces, stresses = [], [], []
+    for atoms in read(source, ":"):
+        atoms.calc = model.calculator
+        energies.append(atoms.get_potential_energy())
+        forces.append(atoms.get_forces())
+        stresses.append(atoms.get_stress(voigt=False))
+    np.savez(target, energy=energies, forces=np.concatenate(forces), stress=stresses)
+
+
+def measure(model, source, seconds):
+    """µs per atom and step."""
+    atoms = read(source)
+    step = model.step(atoms)
+    for _ in range(WARM_CALLS):
+        step()
+    calls, start = 0, time.perf_counter()
+    while calls < LEAST_CALLS or time.perf_counter() - start < seconds:
+        step()
+        calls += 1
+    return 1e6 * (time.perf_counter() - start) / calls / len(atoms)
+
+
+def count(maker, path):
+    """Number of trained parameters in a file that a training wrote."""
+    if maker == "mace":
+        return Mace(path).num_parameters()
+    if maker == "deepmd":
+        model = torch.jit.load(path, map_location="cpu")
+        return sum(p.numel() for p in model.parameters())
+    from nequip.model.saved_models.load_utils import load_saved_model
+
+    return sum(p.numel() for p in load_saved_model(path).parameters())
+
+
+def main():
+    """Read the command line."""
+    torch.set_num_threads(1)
+    task, maker, path, *rest = sys.argv[1:]
+    if task == "count":
+        print(json.dumps(count(maker, path)))
+        return
+    model = {"mace": Mace, "allegro": Allegro}[maker](path)
+    if task == "predict":
+        predict(model, *rest)
+    else:
+        print(json.dumps(measure(model, rest[0], float(rest[1]))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Runs a command on one thread and measures what it took, apart from what runs beside it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# A small process in between: a child starts with the peak memory of the process that made it.
+LAUNCHER = """
+import json, resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+with open(sys.argv[1], "w") as file:
+    json.dump([code, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024], file)
+"""
+ONE_THREAD = {
+    name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+} | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command printed and took."""
+
+    output: str
+    cpu: float  # s, of the processor, all of its processes
+    peak: float  # MiB, of its largest process
+
+
+def run(
+    words: Sequence[str | Path],
+    folder: Path,
+    env: Mapping[str, str] | None = None,
+    limit: float | None = None,
+) -> Done:
+    """Run a command.
+
+    Args:
+        words: of the command.
+        folder: to run it in.
+        env: variables set besides those of this process and one thread.
+        limit: seconds after which it is ended.
+
+    Raises:
+        ValueError: it failed or took too long; the message ends with its last lines.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        report = Path(temporary) / "report.json"
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", LAUNCHER, str(report), *map(str, words)],
+            cwd=folder,
+            env={**os.environ, **ONE_THREAD, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            output, _ = child.communicate(timeout=limit)
+        except BaseException as error:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                message = f"{Path(words[0]).name} was ended after {limit:.0f} s"
+                raise ValueError(message) from None
+            raise
+        code, cpu, peak = json.loads(report.read_text())
+    if code != 0:
+        raise ValueError(f"{Path(words[0]).name} failed: {last_lines(output)}")
+    return Done(output, cpu, peak)
+
+
+def last_lines(output: str, number: int = 2) -> str:
+    """The last lines with something on them, as one line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return " / ".join(lines[-number:])[-400:] or "no output"

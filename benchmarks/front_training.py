@@ -1,0 +1,167 @@
+"""Trains what benchmarks/front.py compares, each within the same processor time.
+
+How long a training lasts is said in epochs, because schedules must know their end. How many fit is
+measured before: trainings of 1, 4, 16, ... epochs on a part of the frames, in processor time, so
+that it does not matter what else runs.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import front_data
+import front_process
+from ase import Atoms
+from front_peers import MAKERS, Work, environment, num_parameters
+from front_rows import POTENTIALS
+from uncertainty_data import write_split
+
+PILOT_SECONDS: Final = 15.0  # of the processor, that the longest pilot takes above the shortest
+MOST_PILOT_EPOCHS: Final = 4**6
+
+Training = tuple[str, str]  # element, key of POTENTIALS
+
+
+def speed(seconds: Callable[[int], float]) -> tuple[float, float]:
+    """Start-up time and time per epoch, from trainings that are made longer until they tell.
+
+    Args:
+        seconds: epochs -> what a training of so many takes.
+    """
+    first, epochs = seconds(1), 1
+    while True:
+        epochs *= 4
+        gained = seconds(epochs) - first
+        if gained >= PILOT_SECONDS or epochs >= MOST_PILOT_EPOCHS:
+            per_epoch = max(gained, 1e-9) / (epochs - 1)
+            return max(0.0, first - per_epoch), per_epoch
+
+
+def epochs_within(minutes: float, startup: float, per_epoch: float) -> int:
+    """As many as fit, at least one; start-up and epochs in seconds."""
+    return max(1, int((60 * minutes - startup) / per_epoch))
+
+
+def name_of(training: Training) -> str:
+    """Of its folder."""
+    return "-".join(training)
+
+
+def folder_of(training: Training, out: Path, minutes: float) -> Path:
+    """Where a training of so many minutes lies."""
+    return out / f"{minutes:g}min" / name_of(training)
+
+
+def work_of(training: Training, out: Path, minutes: float, epochs: int = 1) -> Work:
+    """Of a training, with the maker's environment.
+
+    Raises:
+        ValueError: that cannot be installed.
+    """
+    potential = POTENTIALS[training[1]]
+    folder = folder_of(training, out, minutes)
+    found = environment(potential.maker, out)
+    return Work(found, folder, training[0], potential.settings, epochs)
+
+
+def _fit(maker: str, work: Work, train: Sequence[Atoms], valid: Sequence[Atoms]) -> float:
+    """Train in an empty folder; seconds of the processor."""
+    shutil.rmtree(work.folder, ignore_errors=True)
+    work.folder.mkdir(parents=True)
+    cpu, log = 0.0, work.folder / "train.log"
+    for words in MAKERS[maker].train(work, train, valid):
+        try:
+            done = front_process.run(words, work.folder, work.environment.variables)
+        except ValueError as error:
+            raise ValueError(f"training failed: {error}") from None
+        cpu += done.cpu
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(done.output)
+    return cpu
+
+
+def _speed_of(training: Training, out: Path, train: list[Atoms], valid: list[Atoms]) -> list[float]:
+    """Start-up and time per epoch of all frames, s; measured once."""
+    kept = out / "pilot" / f"{name_of(training)}.json"
+    if not kept.is_file():
+        maker = POTENTIALS[training[1]].maker
+        few, few_valid = front_data.pilot(train), front_data.pilot(valid, 100)
+        atoms = [sum(map(len, frames)) for frames in (train, few)]
+
+        def seconds(epochs: int) -> float:
+            work = work_of(training, out, 0.0, epochs)
+            work = Work(work.environment, out / "pilot" / name_of(training), work.element,
+                        work.settings, epochs)  # fmt: skip
+            took = _fit(maker, work, few, few_valid)
+            print(f"pilot {name_of(training)}: {epochs} epochs in {took:.1f} s", flush=True)
+            return took
+
+        startup, per_epoch = speed(seconds)
+        shutil.rmtree(out / "pilot" / name_of(training))
+        kept.write_text(json.dumps([startup, per_epoch * atoms[0] / atoms[1]]))
+    startup, per_epoch = json.loads(kept.read_text())
+    return [startup, per_epoch]
+
+
+def train(training: Training, data: Path, out: Path, minutes: float) -> None:
+    """Train within so many minutes of one core unless it is there; 0: only for its speed.
+
+    Raises:
+        ValueError: not installed, or the training failed.
+    """
+    folder = folder_of(training, out, minutes)
+    potential = POTENTIALS[training[1]]
+    if potential.maker == "lammps" or (folder / "done.json").is_file():
+        return
+    split = write_split(f"mlearn-{training[0]}", data, out)
+    frames, valid = (front_data.read_all(split / f"{name}.xyz") for name in ("train", "valid"))
+    epochs = 1
+    if minutes > 0:
+        epochs = epochs_within(minutes, *_speed_of(training, out, frames, valid))
+    else:
+        frames, valid = front_data.pilot(frames, 1), front_data.pilot(valid, 1)
+    work = work_of(training, out, minutes, epochs)
+    print(f"training {name_of(training)} for {epochs} epochs", flush=True)
+    cpu = _fit(potential.maker, work, frames, valid)
+    content = {
+        "epochs": epochs,
+        "cpu": cpu,
+        "parameters": num_parameters(potential.maker, work),
+        "versions": dict(work.environment.versions),
+    }
+    (folder / "done.json").write_text(json.dumps(content))
+    print(f"trained {name_of(training)} in {cpu:.0f} s of processor time", flush=True)
+
+
+def made(training: Training, out: Path, minutes: float) -> dict[str, Any]:
+    """What is known of a finished training.
+
+    Raises:
+        ValueError: it has not finished.
+    """
+    path = folder_of(training, out, minutes) / "done.json"
+    if not path.is_file():
+        raise ValueError("not trained")
+    return dict(json.loads(path.read_text()))
+
+
+def export(training: Training, runtime: str, out: Path, minutes: float) -> Path:
+    """The file of a runtime, made from the training unless it is there.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    maker = MAKERS[POTENTIALS[training[1]].maker]
+    work = work_of(training, out, minutes)
+    path = work.folder / maker.files[runtime]
+    if not path.is_file():
+        for words in maker.export(work, runtime):
+            try:
+                front_process.run(words, work.folder, work.environment.variables)
+            except ValueError as error:
+                raise ValueError(f"export failed: {error}") from None
+    if not path.is_file():
+        raise ValueError(f"export left no {path.name}")
+    return path
