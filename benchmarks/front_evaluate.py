@@ -18,7 +18,7 @@ import numpy as np
 from ase import Atoms
 from ase.build import bulk
 from ase.io import write
-from front_peers import HERE, MAKERS, Environment, environment, lammps_command
+from front_peers import HERE, MAKERS, Environment, environment, lammps_command, num_parameters
 from front_rows import CRYSTALS, Crystal, Row
 from numpy.typing import NDArray
 
@@ -26,9 +26,7 @@ from lmp_hl import metrics
 
 Array = NDArray[np.float64]
 
-SECONDS: Final = (
-    3.0  # that one measurement of the time per step lasts, or its least steps if longer
-)
+SECONDS: Final = 3.0  # that a measurement of the time per step lasts, or longer for few steps
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,9 @@ def score(row: Row, split: Path, out: Path, minutes: float) -> dict[str, Any]:
         numbers["parameters"] = num_coefficients(subject.file)
     else:
         made = front_training.made((row.element, row.name), out, minutes)
-        numbers |= {name: made[name] for name in ("epochs", "cpu", "parameters", "versions")}
+        numbers |= {name: made[name] for name in ("epochs", "cpu", "versions")}
+        work = front_training.work_of((row.element, row.name), out, minutes)
+        numbers["parameters"] = num_parameters(row.potential.maker, work)
     if published or minutes > 0:
         known = front_data.known_energy(test, [*train, *valid])
         numbers["errors"] = errors(predict(subject, test), test, known)

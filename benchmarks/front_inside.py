@@ -86,6 +86,8 @@ def count(maker, path):
     if maker == "mace":
         return Mace(path).num_parameters()
     if maker == "deepmd":
+        import deepmd.pt  # noqa: F401  its operators
+
         model = torch.jit.load(path, map_location="cpu")
         return sum(p.numel() for p in model.parameters())
     from nequip.model.saved_models.load_utils import load_saved_model

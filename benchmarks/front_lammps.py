@@ -31,7 +31,7 @@ print "frame {k} {values}"
 write_dump all custom frame{k}.dump id fx fy fz modify sort id format float %.17g
 """
 
-VALUES = " ".join(f"$({name}:%.17g)" for name in "pe pxx pyy pzz pyz pxz pxy".split())
+VALUES = "$(pe:%.17g) " + " ".join(f"$(p{c}:%.17g)" for c in ("xx", "yy", "zz", "yz", "xz", "xy"))
 
 TIMING = """
 units metal
@@ -90,7 +90,7 @@ def predict(
     done = front_process.run([*words, "-in", "in.frames", "-log", "none"], folder, variables)
     found = re.findall(r"^frame \d+ (.*)$", done.output, re.M)
     if len(found) != len(frames):
-        raise ValueError(f"LAMMPS stopped: {front_process.last_lines(done.output)}")
+        raise ValueError(f"LAMMPS stopped: {front_process.reason_in(done.output)}")
     numbers = np.array([[float(word) for word in line.split()] for line in found])
     forces, stresses = [], []
     for k, (prism, row) in enumerate(zip(prisms, numbers, strict=True)):
@@ -133,6 +133,6 @@ def measure(
         r"^Loop time of (\S+) on 1 procs for (\d+) steps with (\d+) atoms", done.output, re.M
     )
     if len(loops) != 2:
-        raise ValueError(f"LAMMPS stopped: {front_process.last_lines(done.output)}")
+        raise ValueError(f"LAMMPS stopped: {front_process.reason_in(done.output)}")
     took, steps, atoms = loops[-1]
     return 1e6 * float(took) / int(steps) / int(atoms), done.peak

@@ -188,7 +188,7 @@ def _train_allegro(work: Work, train: Sequence[Atoms], valid: Sequence[Atoms]) -
             "transforms": [
                 {
                     "_target_": "nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper",
-                    "chemical_symbols": symbols,
+                    "model_type_names": symbols,
                 },
                 {"_target_": "nequip.data.transforms.NeighborListTransform", "r_max": CUTOFF},
             ],

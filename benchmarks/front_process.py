@@ -67,16 +67,17 @@ def run(
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             if isinstance(error, subprocess.TimeoutExpired):
-                message = f"{Path(words[0]).name} was ended after {limit:.0f} s"
+                message = f"{Path(words[0]).name} was ended after {limit:g} s"
                 raise ValueError(message) from None
             raise
         code, cpu, peak = json.loads(report.read_text())
     if code != 0:
-        raise ValueError(f"{Path(words[0]).name} failed: {last_lines(output)}")
+        raise ValueError(f"{Path(words[0]).name} failed: {reason_in(output)}")
     return Done(output, cpu, peak)
 
 
-def last_lines(output: str, number: int = 2) -> str:
-    """The last lines with something on them, as one line."""
+def reason_in(output: str) -> str:
+    """The last line that speaks of an error, else the last one with something on it."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return " / ".join(lines[-number:])[-400:] or "no output"
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or ["no output"])[-1][:240]

@@ -14,7 +14,7 @@ from typing import Any, Final
 import front_data
 import front_process
 from ase import Atoms
-from front_peers import MAKERS, Work, environment, num_parameters
+from front_peers import MAKERS, Work, environment
 from front_rows import POTENTIALS
 from uncertainty_data import write_split
 
@@ -128,7 +128,6 @@ def train(training: Training, data: Path, out: Path, minutes: float) -> None:
     content = {
         "epochs": epochs,
         "cpu": cpu,
-        "parameters": num_parameters(potential.maker, work),
         "versions": dict(work.environment.versions),
     }
     (folder / "done.json").write_text(json.dumps(content))
