@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import front_evaluate
+from front_peers import MAKERS, environment
 from front_rows import CRYSTALS, MINUTES, ROWS, Row
 from front_tables import write_results
 from front_training import Training, train
@@ -72,10 +73,15 @@ def make(
     wanted = [r for r in rows if score_only or "failed" in stored(r, out, minutes)]
     failed: dict[Training, str] = {}
     if not score_only:
-        trainings = list(dict.fromkeys((r.element, r.name) for r in wanted))
+        trainings = {(r.element, r.name): r.potential.maker for r in wanted}
+        for maker in set(trainings.values()) & set(MAKERS):  # one pip at a time
+            try:
+                environment(maker, out)
+            except ValueError as error:
+                failed |= {t: str(error) for t, name in trainings.items() if name == maker}
         with ThreadPoolExecutor(jobs) as pool:
             futures: dict[Training, Future[None]] = {
-                t: pool.submit(train, t, data, out, minutes) for t in trainings
+                t: pool.submit(train, t, data, out, minutes) for t in trainings if t not in failed
             }
             for training, future in futures.items():
                 error = future.exception()

@@ -11,10 +11,11 @@ from front_peers import MAKERS
 from front_rows import CRYSTALS, Row
 from provenance import one_line
 
-from lmp_hl.plots.style import BLUE, GREEN, MUTED, ORANGE, PINK, RED, STYLE
+from lmp_hl.plots.style import BLUE, GREEN, MUTED, ORANGE, RED, STYLE
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 Result = Mapping[str, Any]
 
@@ -25,13 +26,12 @@ ENERGY, FORCES, STRESS = (
     "stress_rmse_meV_per_Angstrom3",
 )
 COLORS: Final = {
-    "lmp-hl": BLUE, "lammps": MUTED, "deepmd": GREEN, "mace": RED, "allegro": ORANGE, "": PINK,
+    "lmp-hl": BLUE, "lammps": MUTED, "deepmd": GREEN, "mace": RED, "allegro": ORANGE,
 }  # fmt: skip
 NAMES: Final = {
     "lmp-hl": "lmp-hl", "lammps": "SNAP", "deepmd": "DeePMD-kit", "mace": "MACE",
     "allegro": "Allegro",
 }  # fmt: skip
-MARKERS: Final = {"aoti": "o", "compressed": "o", "lammps": "o"}  # others: open squares
 
 
 def times_of(row: Row, timings: Result) -> list[float]:
@@ -182,10 +182,17 @@ def page(element: str, found: Mapping[Row, Result], timings: Result, minutes: fl
 
 
 def figure(element: str, found: Mapping[Row, Result], timings: Result, path: Path) -> Path:
-    """Force and energy error against time, both logarithmic; a line joins what nothing beats."""
+    """Force and energy error against time, both logarithmic; a line joins what nothing beats.
+
+    Filled with the interval of its error: the fastest file of a potential; open: the others.
+    """
     points = points_of(found, timings)
+    fastest: dict[str, Row] = {}
+    for row, (x, _) in points.items():
+        if row.name not in fastest or x < points[fastest[row.name]][0]:
+            fastest[row.name] = row
     with matplotlib.rc_context(STYLE):
-        drawing, panels = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
+        drawing, panels = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
         for panel, name in zip(panels, (FORCES, ENERGY), strict=True):
             place = {r: (x, found[r]["errors"][name]["value"]) for r, (x, _) in points.items()}
             best = sorted(place[row] for row in on_front(place))
@@ -193,21 +200,27 @@ def figure(element: str, found: Mapping[Row, Result], timings: Result, path: Pat
             labelled = set()
             for row, (x, y) in place.items():
                 maker, times = row.potential.maker, times_of(row, timings)
+                color = COLORS[maker]
+                if fastest[row.name] is not row:
+                    panel.plot(x, y, "o", color=color, mfc="white", ms=5)
+                    continue
                 interval = found[row]["errors"][name]
-                filled = row.runtime in MARKERS
                 panel.errorbar(
-                    x, y,
+                    x, y, fmt="o", color=color, ms=6, lw=0.8,
                     xerr=[[x - min(times)], [max(times) - x]],
                     yerr=[[y - min(y, interval["low"])], [max(y, interval["high"]) - y]],
-                    fmt="o" if filled else "s", color=COLORS[maker], ms=6, lw=0.8,
-                    mfc=COLORS[maker] if filled else "none",
                     label=None if maker in labelled else NAMES[maker],
                 )  # fmt: skip
                 labelled.add(maker)
-                if filled or len(row.potential.runtimes) == 1:
-                    panel.annotate(row.name, (x, y), xytext=(5, 4), textcoords="offset points",
-                                   fontsize=7)  # fmt: skip
+                offset = (5, -9) if row.name.endswith("-scalar") else (5, 4)  # beside its twin
+                panel.annotate(
+                    row.name, (x, y), xytext=offset, textcoords="offset points", fontsize=7
+                )
             panel.set(xscale="log", yscale="log", xlabel="µs per atom and step, one core")
+            for axis in (panel.xaxis, panel.yaxis):
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_locator(LogLocator(subs=(2, 5)))
+                axis.set_minor_formatter("{x:g}")
         panels[0].set(ylabel="force RMSE (meV/Å)", title=element)
         panels[1].set(ylabel="energy RMSE (meV/atom)")
         panels[0].legend()
