@@ -91,7 +91,9 @@ def count(maker, path):
         model = torch.jit.load(path, map_location="cpu")
         return sum(p.numel() for p in model.parameters())
     from nequip.model.saved_models.load_utils import load_saved_model
+    from nequip.utils.global_state import set_global_state
 
+    set_global_state(allow_tf32=False)
     return sum(p.numel() for p in load_saved_model(path).parameters())
 
 
