@@ -79,7 +79,8 @@ def make(
                 environment(maker, out)
             except ValueError as error:
                 failed |= {t: str(error) for t, name in trainings.items() if name == maker}
-        with ThreadPoolExecutor(jobs) as pool:
+        pool = ThreadPoolExecutor(jobs)
+        try:
             futures: dict[Training, Future[None]] = {
                 t: pool.submit(train, t, data, out, minutes) for t in trainings if t not in failed
             }
@@ -88,6 +89,8 @@ def make(
                 if error is not None:
                     failed[training] = _reason(error)
                     print(f"{'-'.join(training)}: {failed[training]}", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupt starts no further training
     for row in wanted:
         reason = failed.get((row.element, row.name))
         if reason is None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,6 @@ def run(
     words: Sequence[str | Path],
     folder: Path,
     env: Mapping[str, str] | None = None,
-    limit: float | None = None,
 ) -> Done:
     """Run a command.
 
@@ -44,14 +42,13 @@ def run(
         words: of the command.
         folder: to run it in.
         env: variables set besides those of this process and one thread.
-        limit: seconds after which it is ended.
 
     Raises:
-        ValueError: it failed or took too long; the message ends with its last lines.
+        ValueError: it failed; the message ends with its reason.
     """
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "report.json"
-        child = subprocess.Popen(
+        done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", LAUNCHER, str(report), *map(str, words)],
             cwd=folder,
             env={**os.environ, **ONE_THREAD, **(env or {})},
@@ -59,21 +56,13 @@ def run(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,
         )
-        try:
-            output, _ = child.communicate(timeout=limit)
-        except BaseException as error:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                message = f"{Path(words[0]).name} was ended after {limit:g} s"
-                raise ValueError(message) from None
-            raise
+        if not report.is_file():
+            raise ValueError(f"{Path(words[0]).name} was stopped; the same command makes it again")
         code, cpu, peak = json.loads(report.read_text())
     if code != 0:
-        raise ValueError(f"{Path(words[0]).name} failed: {reason_in(output)}")
-    return Done(output, cpu, peak)
+        raise ValueError(f"{Path(words[0]).name} failed: {reason_in(done.stdout)}")
+    return Done(done.stdout, cpu, peak)
 
 
 def reason_in(output: str) -> str:

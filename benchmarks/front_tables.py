@@ -167,13 +167,12 @@ def page(element: str, found: Mapping[Row, Result], timings: Result, minutes: fl
         lines += [f"- {', '.join(rows)}: {why}" for why, rows in reasons.items()]
         lines.append("")
     versions = {
-        f"{name} {version}"
+        ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         for result in found.values()
-        for name, version in result.get("versions", {}).items()
-        if name != "torch" or version
+        if "versions" in result
     }
     if versions:
-        lines += [f"Versions: {', '.join(sorted(versions))}.", ""]
+        lines += [f"Versions: {'; '.join(sorted(versions))}.", ""]
     if loads:
         lines.append(f"Load of the machine while timing: {min(loads)} to {max(loads)}.")
     if "made" in timings:
