@@ -1,11 +1,12 @@
 """Trains what benchmarks/front.py compares, each within the same processor time.
 
 How long a training lasts is said in epochs, because schedules must know their end. How many fit is
-measured before: trainings of 1, 4, 16, ... epochs on a part of the frames, in processor time, so
-that it does not matter what else runs.
+measured before: a few short trainings on a part of the frames, in processor time, so that it hardly
+matters what else runs.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from front_peers import MAKERS, Work, environment
 from front_rows import POTENTIALS
 from uncertainty_data import write_split
 
-PILOT_SECONDS: Final = 15.0  # of the processor, that the longest pilot takes above the shortest
+PILOT_SECONDS: Final = 10.0  # of the processor, that the longest pilot takes above the shortest
 MOST_PILOT_EPOCHS: Final = 4**6
 
 Training = tuple[str, str]  # element, key of POTENTIALS
@@ -30,13 +31,15 @@ def speed(seconds: Callable[[int], float]) -> tuple[float, float]:
     Args:
         seconds: epochs -> what a training of so many takes.
     """
-    first, epochs = seconds(1), 1
+    first, epochs = seconds(1), 4
     while True:
-        epochs *= 4
         gained = seconds(epochs) - first
+        per_epoch = max(gained, 1e-3) / (epochs - 1)
         if gained >= PILOT_SECONDS or epochs >= MOST_PILOT_EPOCHS:
-            per_epoch = max(gained, 1e-9) / (epochs - 1)
             return max(0.0, first - per_epoch), per_epoch
+        # a fifth more than should tell; a short pilot may be all noise
+        enough = 1 + math.ceil(1.2 * PILOT_SECONDS / per_epoch)
+        epochs = min(max(enough, 2 * epochs), 16 * epochs)
 
 
 def epochs_within(minutes: float, startup: float, per_epoch: float) -> int:

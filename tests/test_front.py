@@ -130,6 +130,7 @@ def test_speed_is_found_with_pilots_long_enough_to_tell(benchmark, per_epoch):
     startup, found = training.speed(seconds)
     assert startup == pytest.approx(12.0) and found == pytest.approx(per_epoch)
     assert (asked[-1] - 1) * per_epoch >= training.PILOT_SECONDS
+    assert asked[:2] == [1, 4] and len(asked) <= 4
     assert len(asked) == 2 or (asked[-2] - 1) * per_epoch < training.PILOT_SECONDS
 
 
