@@ -8,10 +8,11 @@
 
 A row is element/potential/runtime (front_rows.py). What it needs and is not there is made: the
 maker's environment, a training within --minutes of one core, the exported file. That file is scored
-on the test frames and timed; all files of an element are timed in turn, --repeats times, whenever
-one of them is new, so that every ratio is of one run on one machine. All of it is kept under --out,
-and the same command goes on where it was stopped. A row that cannot be had stands in the table with
-the reason. --minutes 0 trains nothing to speak of: speed alone.
+on the test frames and timed, in processor time of one thread; all files of an element are timed in
+turn, --repeats times, whenever one of them is new, so that every ratio is of one run on one
+machine. All of it is kept under --out, and the same command goes on where it was stopped. A row
+that cannot be had stands in the table with the reason. --minutes 0 trains nothing to speak of:
+speed alone.
 """
 
 import argparse

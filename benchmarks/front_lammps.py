@@ -115,6 +115,8 @@ def measure(
 ) -> tuple[float, float]:
     """µs per atom and step of NVE at 300 K, and the peak memory of the process in MiB.
 
+    Processor time: LAMMPS says how long its loop took and what share of that it computed.
+
     Raises:
         ValueError: LAMMPS failed.
     """
@@ -132,7 +134,9 @@ def measure(
     loops = re.findall(
         r"^Loop time of (\S+) on 1 procs for (\d+) steps with (\d+) atoms", done.output, re.M
     )
-    if len(loops) != 2:
+    shares = re.findall(r"^(\S+)% CPU use with", done.output, re.M)
+    if len(loops) != 2 or len(shares) != 2:
         raise ValueError(f"LAMMPS stopped: {front_process.reason_in(done.output)}")
     took, steps, atoms = loops[-1]
-    return 1e6 * float(took) / int(steps) / int(atoms), done.peak
+    cpu = float(took) * float(shares[-1]) / 100
+    return 1e6 * cpu / int(steps) / int(atoms), done.peak

@@ -147,8 +147,9 @@ def page(element: str, found: Mapping[Row, Result], timings: Result, minutes: fl
         ]
     lines += [
         f"Time: {crystal.num_atoms} atoms ({crystal.lattice}, {' x '.join(map(str, crystal.cells))}"
-        f" cells), one core, one thread: median (range) of {repeats} measurements, all rows in "
-        "turn. The file that is timed is the file that is scored. In LAMMPS the time is that of "
+        f" cells), processor time of one thread, which is the time that passes on a core of its "
+        f"own: median (range) of {repeats} measurements, all rows in turn. "
+        "The file that is timed is the file that is scored. In LAMMPS the time is that of "
         "NVE at 300 K with everything a step does; a model call in Python leaves out neighbour "
         "list and integration. MiB: peak of the process that was timed. Bold: no other row is "
         "both faster and more accurate in forces.",
