@@ -85,6 +85,8 @@ def count(maker, path):
     """Number of trained parameters in a file that a training wrote."""
     if maker == "mace":
         return Mace(path).num_parameters()
+    if maker == "lmp-hl":
+        return count_ours(path)
     if maker == "deepmd":
         import deepmd.pt  # noqa: F401  its operators
 
@@ -95,6 +97,16 @@ def count(maker, path):
 
     set_global_state(allow_tf32=False)
     return sum(p.numel() for p in load_saved_model(path).parameters())
+
+
+def count_ours(path):
+    """The same of a checkpoint of lmp-hl, whose fitted uncertainty is not counted."""
+    from lmp_hl.training.checkpoint import load_checkpoint
+
+    potential, _, _ = load_checkpoint(path)
+    methods = [method for method in potential.uncertainty_methods() if not method.trained]
+    fitted = {id(p) for method in methods for p in method.parameters()}
+    return sum(p.numel() for p in potential.parameters() if id(p) not in fitted)
 
 
 def main():

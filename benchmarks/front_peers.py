@@ -260,7 +260,7 @@ ALLEGRO: Final = {"aoti": "allegro.nequip.pt2"}
 class Maker:
     """How one of them is installed, trained and exported.
 
-    packages: for pip, the first one names the version in the table; () is this environment.
+    packages: for pip, of which the table gives the versions; () is this environment.
     same_torch: install the torch of this environment, which may be a build without CUDA.
     train: writes the input and returns the commands whose time counts; export: commands that make
     the file of a runtime, whose time does not. counted: the file with the parameters.
@@ -344,19 +344,6 @@ def lammps_command(environment: Environment) -> list[str]:
 def num_parameters(maker: str, work: Work) -> int:
     """Trained parameters of what lies in the work's folder."""
     path = work.folder / MAKERS[maker].counted
-    if maker == "lmp-hl":
-        code = (
-            "import sys; from lmp_hl.training.checkpoint import load_checkpoint; "
-            "from lmp_hl.training.module import build_potential; "
-            "from lmp_hl.training.config import model_config; "
-            "_, e, card = load_checkpoint(sys.argv[1]); "
-            "p = build_potential(model_config(card['config']['model']), len(e)); "
-            "fitted = {id(q) for m in p.uncertainty_methods() if not m.trained "
-            "for q in m.parameters()}; "
-            "print(sum(q.numel() for q in p.parameters() if id(q) not in fitted))"
-        )
-        words: Words = [work.environment.python, "-c", code, path]
-    else:
-        words = [work.environment.python, HERE / "front_inside.py", "count", maker, path]
+    words = [work.environment.python, HERE / "front_inside.py", "count", maker, path]
     done = front_process.run(words, work.folder, work.environment.variables)
     return int(done.output.split()[-1])

@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -91,18 +92,17 @@ def _speed_of(training: Training, out: Path, train: list[Atoms], valid: list[Ato
     if not kept.is_file():
         maker = POTENTIALS[training[1]].maker
         few, few_valid = front_data.pilot(train), front_data.pilot(valid, 100)
+        folder = kept.with_suffix("")
         atoms = [sum(map(len, frames)) for frames in (train, few)]
 
         def seconds(epochs: int) -> float:
-            work = work_of(training, out, 0.0, epochs)
-            work = Work(work.environment, out / "pilot" / name_of(training), work.element,
-                        work.settings, epochs)  # fmt: skip
+            work = replace(work_of(training, out, 0.0, epochs), folder=folder)
             took = _fit(maker, work, few, few_valid)
             print(f"pilot {name_of(training)}: {epochs} epochs in {took:.1f} s", flush=True)
             return took
 
         startup, per_epoch = speed(seconds)
-        shutil.rmtree(out / "pilot" / name_of(training))
+        shutil.rmtree(folder)
         kept.write_text(json.dumps([startup, per_epoch * atoms[0] / atoms[1]]))
     startup, per_epoch = json.loads(kept.read_text())
     return [startup, per_epoch]
