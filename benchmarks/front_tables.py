@@ -49,11 +49,15 @@ def failure_of(row: Row, result: Result, timings: Result) -> str | None:
 
 
 def on_front(points: Mapping[Row, tuple[float, float]]) -> set[Row]:
-    """Rows that no other row is at least as good as in both numbers, and better in one."""
+    """Rows that no other row is at least as good as in both numbers, and better in one.
+
+    Times and errors that agree in three digits are equal: files of one network differ by rounding.
+    """
+    places = {row: (float(f"{x:.3g}"), float(f"{y:.3g}")) for row, (x, y) in points.items()}
     return {
         row
-        for row, (x, y) in points.items()
-        if not any(u <= x and v <= y and (u < x or v < y) for u, v in points.values())
+        for row, (x, y) in places.items()
+        if not any(u <= x and v <= y and (u < x or v < y) for u, v in places.values())
     }
 
 
@@ -216,7 +220,7 @@ def figure(element: str, found: Mapping[Row, Result], timings: Result, path: Pat
                 panel.annotate(
                     row.name, (x, y), xytext=offset, textcoords="offset points", fontsize=7
                 )
-            panel.set(xscale="log", yscale="log", xlabel="µs per atom and step, one core")
+            panel.set(xscale="log", yscale="log", xlabel="µs of one core per atom and step")
             for axis in (panel.xaxis, panel.yaxis):
                 axis.set_major_formatter("{x:g}")
                 axis.set_minor_locator(LogLocator(subs=(2, 5)))

@@ -323,6 +323,8 @@ def test_the_front_is_what_no_other_row_beats(benchmark):
     points = {"a": (1.0, 9.0), "b": (2.0, 5.0), "c": (3.0, 5.0), "d": (4.0, 1.0), "e": (5.0, 2.0)}
     assert on_front(points) == {"a", "b", "d"}
     assert on_front({"a": (1.0, 1.0), "b": (1.0, 1.0)}) == {"a", "b"}
+    # rounding of one network in two files
+    assert on_front({"slow": (84.0, 63.4923), "fast": (66.0, 63.4925)}) == {"fast"}
 
 
 def test_page_and_figure_have_ratios_of_medians_and_say_what_is_untrained(benchmark, tmp_path):
