@@ -24,7 +24,7 @@ class Potential(nn.Module):
         cutoff: Å.
         num_layers: 1 local, more message passing.
         head: "hlgauss", "committee", "svd_committee" or "scalar".
-        channels, l_max, num_radial, num_scalars: see Backbone.
+        channels, l_max, num_radial, num_scalars, message_channels: see Backbone.
         num_bins, sigma, target: of the energy histogram; sigma in bin widths.
         num_members: heads of a committee.
         methods: names of the uncertainty methods it carries, see lmp_hl.uncertainty.
@@ -47,6 +47,7 @@ class Potential(nn.Module):
         num_scalars: int,
         num_bins: int,
         sigma: float,
+        message_channels: int = 16,
         target: str = "hlgauss",
         num_members: int = 4,
         methods: Sequence[str] = uncertainty.DEFAULT,
@@ -57,7 +58,14 @@ class Potential(nn.Module):
                 f"model.l_max must be at least 2 (the force distribution needs it), got {l_max}"
             )
         self.backbone = Backbone(
-            num_elements, cutoff, num_layers, channels, l_max, num_radial, num_scalars
+            num_elements,
+            cutoff,
+            num_layers,
+            channels,
+            l_max,
+            num_radial,
+            num_scalars,
+            message_channels,
         )
         energy_head: EnergyHead
         if head == "hlgauss":

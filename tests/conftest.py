@@ -118,6 +118,7 @@ def make_potential(
     seed=0,
     cutoff=CUTOFF,
     methods=DEFAULT,
+    message_channels=3,
 ):
     """A small potential for the first `num_elements` of ELEMENTS; shared, so do not change it."""
     torch.manual_seed(seed)
@@ -130,6 +131,7 @@ def make_potential(
         num_radial=4,
         hidden=8,
         num_layers=num_layers,
+        message_channels=message_channels,
         num_bins=32,
         dtype=dtype,
         uncertainty=methods,

@@ -116,6 +116,12 @@ def test_forces_are_minus_the_energys_gradient(potential, structure_factory):
     np.testing.assert_allclose(forces.sum(0), 0.0, atol=1e-11)
 
 
+def test_narrow_messages_keep_the_laws(potential_factory, structure_factory):
+    potential = potential_factory("mp", "hlgauss", 3, message_channels=2)
+    test_rotation_and_inversion(potential, structure_factory)
+    test_forces_are_minus_the_energys_gradient(potential, structure_factory)
+
+
 @cases(SOME)
 def test_virial_is_the_energys_derivative_by_strain_and_symmetric(potential, structure_factory):
     atoms = structure_factory(elements_of(potential), seed=4)
@@ -473,8 +479,11 @@ def test_distance_is_the_mahalanobis_distance_of_the_element(potential_factory, 
 
 
 # bad input ---------------------------------------------------------------------------------------
+SIZES = ("channels", "num_radial", "num_scalars", "message_channels")
+
+
 def test_unknown_architecture_is_refused():
-    arguments = dict(num_elements=1, cutoff=4.0, channels=2, num_radial=2, num_scalars=2)
+    arguments = {"cutoff": 4.0, **dict.fromkeys(SIZES, 2), "num_elements": 1}
     with pytest.raises(ValueError, match="l_max must be at least 2"):
         Potential(**arguments, num_layers=1, head="scalar", l_max=1, num_bins=8, sigma=0.75)
     with pytest.raises(ValueError, match="'svd_committee' or 'scalar', got 'mlp'"):

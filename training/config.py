@@ -95,6 +95,9 @@ class ModelConfig:
     channels: int = 64
     """Width of the equivariant features."""
 
+    message_channels: int = 16
+    """Of "mp": width of what an edge carries from one layer to the next."""
+
     l_max: int = 2
     """Largest degree of the spherical harmonics, 2 or 3."""
 
@@ -128,7 +131,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         _require(self.cutoff > 0, "model.cutoff", "> 0 Å", self.cutoff)
-        for name in ("channels", "num_radial", "hidden"):
+        for name in ("channels", "message_channels", "num_radial", "hidden"):
             _require(getattr(self, name) > 0, f"model.{name}", "> 0", getattr(self, name))
         _require(self.l_max in (2, 3), "model.l_max", "2 or 3", self.l_max)
         _require(self.num_members >= 2, "model.num_members", ">= 2", self.num_members)

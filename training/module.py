@@ -36,6 +36,7 @@ def build_potential(config: ModelConfig, num_elements: int) -> Potential:
             num_layers=config.layers,
             head=config.head,
             channels=config.channels,
+            message_channels=config.message_channels,
             l_max=config.l_max,
             num_radial=config.num_radial,
             num_scalars=config.hidden,

@@ -122,19 +122,24 @@ class MessageDensity(nn.Module):
     """Later layers: what the neighbours carry, expanded.
 
     A_i,lm = sum_j R_l Y_lm s_j + R'_l T_j,lm + [l = 0] sum_l' R''_l' Y_l'.T_j,l'
+
+    s and T are few mixtures of the neighbour's channels, and what has been summed is mixed to many
+    again: an edge costs (l_max + 1)^2 message_channels, and there are tens of edges to an atom.
     """
 
     degree_of: Tensor
 
-    def __init__(self, l_max: int, channels: int, num_radial: int, num_scalars: int) -> None:
+    def __init__(
+        self, l_max: int, channels: int, num_radial: int, num_scalars: int, message_channels: int
+    ) -> None:
         super().__init__()
         self.l_max = l_max
-        self.channels = channels
-        self.radial = nn.Linear(num_radial, 3 * (l_max + 1) * channels, bias=False)
-        self.scalars = nn.Linear(num_scalars, channels)
-        self.tensors = DegreeLinear(l_max, channels, channels)
-        self.scale = DegreeScale(l_max, channels)
-        self.mix = DegreeLinear(l_max, channels, channels)
+        self.channels = message_channels
+        self.radial = nn.Linear(num_radial, 3 * (l_max + 1) * message_channels, bias=False)
+        self.scalars = nn.Linear(num_scalars, message_channels)
+        self.tensors = DegreeLinear(l_max, channels, message_channels)
+        self.scale = DegreeScale(l_max, message_channels)
+        self.mix = DegreeLinear(l_max, message_channels, channels)
         self.keep = DegreeLinear(l_max, channels, channels)
         degrees = [degree for degree in range(l_max + 1) for _ in range(2 * degree + 1)]
         self.register_buffer("degree_of", torch.tensor(degrees))
@@ -211,10 +216,16 @@ class MessageLayer(nn.Module):
     """One message-passing step; scalars of the layers add up."""
 
     def __init__(
-        self, l_max: int, channels: int, num_radial: int, num_scalars: int, num_elements: int
+        self,
+        l_max: int,
+        channels: int,
+        num_radial: int,
+        num_scalars: int,
+        num_elements: int,
+        message_channels: int,
     ) -> None:
         super().__init__()
-        self.density = MessageDensity(l_max, channels, num_radial, num_scalars)
+        self.density = MessageDensity(l_max, channels, num_radial, num_scalars, message_channels)
         self.many_body = ManyBody(l_max, channels, num_scalars, num_elements)
 
     def forward(
@@ -243,6 +254,7 @@ class Backbone(nn.Module):
         l_max: highest degree, 1 to 3.
         num_radial: radial functions per pair of elements.
         num_scalars: size of the invariant features.
+        message_channels: copies of each tensor that an edge carries from layer to layer.
     """
 
     def __init__(
@@ -254,6 +266,7 @@ class Backbone(nn.Module):
         l_max: int,
         num_radial: int,
         num_scalars: int,
+        message_channels: int,
     ) -> None:
         super().__init__()
         if not 1 <= l_max <= 3:
@@ -265,7 +278,7 @@ class Backbone(nn.Module):
         self.element_density = ElementDensity(l_max, channels, num_radial, num_elements)
         self.many_body = ManyBody(l_max, channels, num_scalars, num_elements)
         self.message_layers = nn.ModuleList(
-            MessageLayer(l_max, channels, num_radial, num_scalars, num_elements)
+            MessageLayer(l_max, channels, num_radial, num_scalars, num_elements, message_channels)
             for _ in range(num_layers - 1)
         )
         self.num_scalars = num_scalars
