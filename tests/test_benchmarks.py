@@ -257,8 +257,9 @@ def test_every_row_has_a_method_and_every_method_a_training(benchmark):
     assert len({row.name for row in rows.ROWS}) == len(rows.ROWS)
     assert {row.method for row in rows.ROWS} == set(rows.METHODS)
     assert {method.training for method in rows.METHODS.values()} <= set(rows.TRAININGS)
-    assert {row.dataset for row in rows.ROWS} == set(data.DATASETS)
-    for dataset in data.DATASETS:
+    datasets = {row.dataset for row in rows.ROWS}
+    assert datasets <= set(data.DATASETS)
+    for dataset in datasets:
         assert (BENCHMARKS / f"uncertainty_{dataset}.yaml").is_file()
 
 
