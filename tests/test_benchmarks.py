@@ -103,6 +103,7 @@ def lennard_jones(rng, rattle, num_frames):
     return frames
 
 
+@pytest.mark.slow
 def test_rows_are_trained_once_scored_and_written_and_missing_ones_give_a_reason(
     benchmark, monkeypatch, tmp_path, capsys
 ):
