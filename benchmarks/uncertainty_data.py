@@ -4,9 +4,13 @@ Each function takes the folder of the downloaded set and returns name -> frames:
 "id" (test frames like the training frames) and "ood" (others; missing where there are none), and
 "isolated" where the set has isolated atoms. The validation frames are drawn once, whatever the seed
 of a training, so that all members of an ensemble leave the same frames out.
+
+What is decided about a method is decided on the sets for development. All their frames, "id" and
+"ood" too, are frames that the others train on or validate with, so no test frame has a say.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +19,7 @@ from ase import Atoms
 from ase.io import read, write
 
 Split = dict[str, list[Atoms]]
+DEFECTS: Final = ("Vacancy", "Surface")
 
 
 def _read(path: Path) -> list[Atoms]:
@@ -51,29 +56,28 @@ def threebpa(folder: Path) -> Split:
     }
 
 
-def silicon(folder: Path) -> Split:
-    """Train without vacancies and surfaces; OOD: all of those, from both files."""
+def without_defects(folder: Path) -> Split:
+    """One element of mlearn without vacancies and surfaces; OOD: all of those, from both files."""
     train, test = _read(folder / "train.xyz"), _read(folder / "test.xyz")
-    held_out = ("Vacancy", "Surface")
     return {
-        **_validation(_without(train, held_out, True)),
-        "id": _without(test, held_out, True),
-        "ood": _without([*train, *test], held_out, False),
+        **_validation(_without(train, DEFECTS, True)),
+        "id": _without(test, DEFECTS, True),
+        "ood": _without([*train, *test], DEFECTS, False),
     }
+
+
+def _pure(frames: list[Atoms], wanted: bool) -> list[Atoms]:
+    elements = ("Nb", "Mo", "Ta", "W")
+    return [a for a in frames if (a.info["config_type"].split("_")[0] in elements) == wanted]
 
 
 def alloys(folder: Path) -> Split:
     """Nb, Mo, Ta, W: train on the elements (every fourth frame); OOD: test frames of binaries."""
-    elements = ("Nb", "Mo", "Ta", "W")
-
-    def pure(frames: list[Atoms], wanted: bool) -> list[Atoms]:
-        return [a for a in frames if (a.info["config_type"].split("_")[0] in elements) == wanted]
-
     test = _read(folder / "test_elem_binary.xyz")
     return {
-        **_validation(pure(_read(folder / "train_no_multinary.xyz"), True)[::4]),
-        "id": pure(test, True),
-        "ood": pure(test, False),
+        **_validation(_pure(_read(folder / "train_no_multinary.xyz"), True)[::4]),
+        "id": _pure(test, True),
+        "ood": _pure(test, False),
     }
 
 
@@ -97,28 +101,83 @@ def metal(folder: Path) -> Split:
     return {**_validation(_read(folder / "train.xyz")), "id": _read(folder / "test.xyz")}
 
 
-# name -> folder below the one given by --data, split
-DATASETS: Final[dict[str, tuple[str, Callable[[Path], Split]]]] = {
-    "3bpa": ("3bpa", threebpa),
-    "si": ("mlearn/Si", silicon),
-    "nbmotaw": ("nbmotaw", alloys),
-    "acac": ("acac", acetylacetone),
-    "water": ("water", water),
-    **{f"mlearn-{element}": (f"mlearn/{element}", metal) for element in ("Cu", "Mo", "Si")},
+# sets for development ---------------------------------------------------------------------------
+def _development(near: list[Atoms], far: list[Atoms]) -> Split:
+    drawn = _validation(near, 0.2)
+    return {**_validation(drawn["train"]), "id": drawn["valid"], "ood": far}
+
+
+def _cold_and_hot(frames: list[Atoms]) -> tuple[list[Atoms], list[Atoms]]:
+    """All but the third with the highest energies per atom, and that third."""
+    energy = [a.get_potential_energy() / len(a) for a in frames]
+    order = [frames[k] for k in np.argsort(energy, kind="stable")]
+    cut = len(frames) - len(frames) // 3
+    return order[:cut], order[cut:]
+
+
+def hot_frames(folder: Path) -> Split:
+    """A molecule's training frames at 300 K; OOD: the third with the highest energies."""
+    isolated = next(folder.glob("iso*.xyz"))
+    return {
+        **_development(*_cold_and_hot(_read(folder / "train_300K.xyz"))),
+        "isolated": _read(isolated),
+    }
+
+
+def hot_dynamics(folder: Path) -> Split:
+    """Training frames of without_defects; OOD: the third of its dynamics with most energy."""
+    frames = _without(_read(folder / "train.xyz"), DEFECTS, True)
+    dynamics = ("AIMD-NVT",)
+    cold, hot = _cold_and_hot(_without(frames, dynamics, False))
+    return _development([*_without(frames, dynamics, True), *cold], hot)
+
+
+def surfaces(folder: Path) -> Split:
+    """Training frames of the elements Nb, Mo, Ta, W; OOD: their surfaces."""
+    frames = _pure(_read(folder / "train_no_multinary.xyz"), True)
+    kinds = [str(a.info["config_type"]).endswith("_Surface") for a in frames]
+    near = [a for a, far in zip(frames, kinds, strict=True) if not far]
+    return _development(near[::4], [a for a, far in zip(frames, kinds, strict=True) if far])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where a set lies below the folder given by --data, its split, and what it is trained with.
+
+    settings: of uncertainty_<settings>.yaml.
+    """
+
+    folder: str
+    split: Callable[[Path], Split]
+    settings: str = ""
+
+
+DATASETS: Final[dict[str, Dataset]] = {
+    "3bpa": Dataset("3bpa", threebpa, "3bpa"),
+    "si": Dataset("mlearn/Si", without_defects, "mlearn"),
+    "cu": Dataset("mlearn/Cu", without_defects, "mlearn"),
+    "mo": Dataset("mlearn/Mo", without_defects, "mlearn"),
+    "nbmotaw": Dataset("nbmotaw", alloys, "nbmotaw"),
+    "acac": Dataset("acac", acetylacetone, "acac"),
+    "water": Dataset("water", water, "water"),
+    **{f"mlearn-{element}": Dataset(f"mlearn/{element}", metal) for element in ("Cu", "Mo", "Si")},
+    "3bpa-hot": Dataset("3bpa", hot_frames, "3bpa"),
+    "acac-hot": Dataset("acac", hot_frames, "acac"),
+    "si-hot": Dataset("mlearn/Si", hot_dynamics, "mlearn"),
+    "nbmotaw-surfaces": Dataset("nbmotaw", surfaces, "nbmotaw"),
 }
+DEVELOPMENT: Final = ("3bpa-hot", "acac-hot", "si-hot", "nbmotaw-surfaces")
 
 
 def write_split(dataset: str, data: Path, out: Path) -> Path:
     """Write the split as extended XYZ into out/data/<dataset> unless it is there; that folder."""
     folder = out / "data" / dataset
     if not (folder / "done").is_file():
-        source, split = DATASETS[dataset]
-        if not (data / source).is_dir():
-            raise ValueError(
-                f"{data / source}: no such folder; name the one with the data by --data"
-            )
+        source, split = data / DATASETS[dataset].folder, DATASETS[dataset].split
+        if not source.is_dir():
+            raise ValueError(f"{source}: no such folder; name the one with the data by --data")
         folder.mkdir(parents=True, exist_ok=True)
-        for name, frames in split(data / source).items():
+        for name, frames in split(source).items():
             write(folder / f"{name}.xyz", frames, format="extxyz")
         (folder / "done").touch()
     return folder

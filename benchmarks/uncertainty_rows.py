@@ -44,7 +44,7 @@ ABLATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-# name -> what differs from benchmarks/uncertainty_<dataset>.yaml
+# name -> what differs from the settings of the data set, benchmarks/uncertainty_*.yaml
 TRAININGS: Final[dict[str, dict[str, Any]]] = {
     "hlgauss": {},
     "scalar": {"model": {"head": "scalar"}},
@@ -171,5 +171,9 @@ ROWS: Final = (
     *(Row(d, m, seed) for d in ("3bpa", "si") for m in MAIN for seed in SEEDS),
     *(Row(d, "ensemble", 0) for d in ("3bpa", "si")),
     *(Row("3bpa", m, 0) for m in METHODS if m not in (*MAIN, "ensemble")),
-    *(Row(d, m, 0) for d in ("nbmotaw", "acac", "water") for m in ("default", "ensemble", "llpr")),
+    *(
+        Row(d, m, 0)
+        for d in ("cu", "mo", "nbmotaw", "acac", "water")
+        for m in ("default", "ensemble", "llpr")
+    ),
 )

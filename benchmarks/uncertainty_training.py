@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from uncertainty_data import write_noisy, write_split
+from uncertainty_data import DATASETS, write_noisy, write_split
 from uncertainty_rows import TRAININGS, start_of
 
 from lmp_hl.training.config import TrainConfig, load_config
@@ -37,7 +37,8 @@ def write_config(training: tuple[str, str, int], data: Path, out: Path) -> Path:
     """
     dataset, name, seed = training
     folder = write_split(dataset, data, out)
-    base = yaml.safe_load((HERE / f"uncertainty_{dataset}.yaml").read_text(encoding="utf-8"))
+    settings = HERE / f"uncertainty_{DATASETS[dataset].settings}.yaml"
+    base = yaml.safe_load(settings.read_text(encoding="utf-8"))
     content = _merged(base, TRAININGS[name])
     full = f"{dataset}-{name}-{seed}"
     content |= {"name": full, "seed": seed, "output_dir": str(out / full)}

@@ -115,7 +115,7 @@ def test_rows_are_trained_once_scored_and_written_and_missing_ones_give_a_reason
         parts = {"train": (0.1, 12), "valid": (0.1, 6), "id": (0.1, 6), "ood": (0.3, 6)}
         return {name: lennard_jones(rng, *how) for name, how in parts.items()}
 
-    monkeypatch.setitem(data.DATASETS, "argon", ("", split))
+    monkeypatch.setitem(data.DATASETS, "argon", data.Dataset("", split, "argon"))
     monkeypatch.setattr(training, "HERE", tmp_path)
     (tmp_path / "uncertainty_argon.yaml").write_text(
         textwrap.dedent("""\
@@ -261,7 +261,7 @@ def test_every_row_has_a_method_and_every_method_a_training(benchmark):
     datasets = {row.dataset for row in rows.ROWS}
     assert datasets <= set(data.DATASETS)
     for dataset in datasets:
-        assert (BENCHMARKS / f"uncertainty_{dataset}.yaml").is_file()
+        assert (BENCHMARKS / f"uncertainty_{data.DATASETS[dataset].settings}.yaml").is_file()
 
 
 def test_noise_on_labels_has_its_size_and_leaves_the_structures(benchmark, tmp_path):
