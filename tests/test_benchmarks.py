@@ -15,10 +15,13 @@ from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from test_compile import write_checkpoint
+from test_frames import SHARED
 from test_uncertainty_posthoc import dataset as random_frames
+from test_uncertainty_posthoc import fields_of, with_methods
 
 from lmp_hl.graph import graph_inputs
 from lmp_hl.predictions import predict
+from lmp_hl.training.calibrate import collect_atoms
 from lmp_hl.training.config import ModelConfig
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -103,7 +106,6 @@ def lennard_jones(rng, rattle, num_frames):
     return frames
 
 
-@pytest.mark.slow
 def test_rows_are_trained_once_scored_and_written_and_missing_ones_give_a_reason(
     benchmark, monkeypatch, tmp_path, capsys
 ):
@@ -262,6 +264,71 @@ def test_every_row_has_a_method_and_every_method_a_training(benchmark):
     assert datasets <= set(data.DATASETS)
     for dataset in datasets:
         assert (BENCHMARKS / f"uncertainty_{data.DATASETS[dataset].settings}.yaml").is_file()
+
+
+@pytest.mark.parametrize("name", ["3bpa", "acac", "si", "nbmotaw"])
+def test_sets_for_development_have_no_test_frames(benchmark, name):
+    """Nor does one frame stand in two of their parts."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not there")
+    data = benchmark("uncertainty_data")
+    developed = next(n for n in data.DEVELOPMENT if n.startswith(name))
+
+    def frames(dataset, parts):
+        found = data.DATASETS[dataset]
+        split = found.split(SHARED / found.folder)
+        chosen = [a for part in parts for a in split[part]]
+        return [(a.positions.tobytes(), a.cell[:].tobytes(), str(a.symbols)) for a in chosen]
+
+    tested = frames(name, ["id", "ood"] if name != "acac" else ["id"])
+    used = frames(developed, ["train", "valid", "id", "ood"])
+    assert len(used) > 100 and len(set(used)) == len(used)
+    assert not set(used) & set(tested)
+
+
+@pytest.fixture
+def frozen(benchmark):
+    """What benchmarks/uncertainty_form.py works on, of a random network."""
+    script = benchmark("uncertainty_form")
+    potential = with_methods(names=("scales",))
+    numbers = {"train": 8, "valid": 8, "ID": 5, "OOD": 4}
+    parts = {
+        name: collect_atoms(potential, random_frames(number, seed=k))
+        for k, (name, number) in enumerate(numbers.items())
+    }
+    (method,) = potential.uncertainty_methods()
+    method.fit(parts["train"], parts["valid"])
+    return potential, script.Frozen(method, parts)
+
+
+def test_the_form_called_default_is_that_of_the_default(benchmark, frozen):
+    script = benchmark("uncertainty_form")
+    potential, network = frozen
+    expected = {n: fields_of(potential, network.parts[n])["force_std"] for n in ("ID", "OOD")}
+    for other in ("undamped", "read", "own"):  # leave nothing behind
+        assert not torch.allclose(script.sizes(script.FORMS[other], network)["ID"], expected["ID"])
+    found = script.sizes(script.FORMS["default"], network)
+    for name, std in found.items():
+        torch.testing.assert_close(std, expected[name], rtol=1e-6, atol=0)
+
+
+def test_a_form_leads_by_what_its_likelihood_is_better(benchmark, frozen, monkeypatch):
+    script = benchmark("uncertainty_form")
+    _, network = frozen
+    sizes, forms = script.sizes, script.FORMS
+    chosen = {"default": forms["default"], "same": forms["default"], "wrong": forms["own"]}
+
+    def thousandfold(form, network):
+        found = sizes(forms["default"], network)
+        return {n: std * 1000 for n, std in found.items()} if form is forms["own"] else found
+
+    monkeypatch.setattr(script, "sizes", thousandfold)
+    found = script.score(network, chosen)
+    leads = script.leads({"set/0": found, "set/1": found, "other/0": found})
+    assert leads["same"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    # ln 1000 for the width, less what e^2 / 2 s^2 was: 1/2 where the size is right
+    assert leads["wrong"]["high"] < -5.0
+    assert leads["wrong"]["value"] == pytest.approx(-np.log(1000), abs=1.0)
 
 
 def test_noise_on_labels_has_its_size_and_leaves_the_structures(benchmark, tmp_path):
