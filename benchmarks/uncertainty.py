@@ -34,10 +34,10 @@ from uncertainty_training import cost_of, train, trained
 from lmp_hl import evaluate, keys, metrics, uncertainty
 from lmp_hl.ensemble import split_committee
 from lmp_hl.potential import Potential
-from lmp_hl.predictions import Array, Predictions, predict
+from lmp_hl.predictions import Predictions, predict
 from lmp_hl.report import report
 from lmp_hl.training import frames as fr
-from lmp_hl.training.calibrate import calibrate, collect_atoms
+from lmp_hl.training.calibrate import calibrate
 from lmp_hl.training.checkpoint import load_checkpoint
 from lmp_hl.training.config import ModelConfig, TrainConfig
 from lmp_hl.training.module import build_potential
@@ -46,7 +46,6 @@ from lmp_hl.training.train import baseline_energies
 HERE = Path(__file__).resolve().parent
 TIMED_ATOMS = 1000  # in the batch that inference is timed on
 TIMED_REPEATS = 15
-LLPR = "llpr"
 
 
 class Eager:
@@ -131,22 +130,7 @@ def predictions_of(network: Network) -> dict[str, Predictions]:
             continue
         frames = fr.read_frames(path, data, name, model.elements)
         found[name] = predict(model, frames, name)
-        if LLPR in model.potential.methods:
-            found[name].energy_std[keys.LLPR_ENERGY_STD] = rigidity_of_frames(model, frames)
     return found
-
-
-def rigidity_of_frames(model: Eager, frames: list[fr.Frame]) -> Array:
-    """Standard deviations (num_frames,) of the frames' energies by LLPR, eV.
-
-    They need the sum of the atoms' Jacobians, which no field of single atoms holds.
-    """
-    baseline = dict.fromkeys(model.elements, 0.0)
-    dataset = fr.GraphDataset(
-        frames, model.elements, baseline, model.cutoff, model.num_layers, model.dtype
-    )
-    method = model.potential.methods[LLPR]
-    return np.asarray(method.frame_energy_std(collect_atoms(model.potential, dataset)))
 
 
 def ensemble(members: Sequence[dict[str, Predictions]]) -> dict[str, Predictions]:

@@ -74,6 +74,8 @@ SPHERICAL_FORCE_ENTROPY: Final = (
 XYZ_FORCE_STD: Final = "xyz_force_std"  # (num_owned,) eV/Å, heads on the axes, NOT invariant
 XYZ_FORCE_ENTROPY: Final = "xyz_force_entropy"  # (num_owned,) nats, per eV/Å, NOT invariant
 
+# before the name of an energy field: that of the structure as a whole, (), eV, in Python only
+OF_FRAME: Final = "frame_"
 # fields whose squares, summed over the atoms, are the variance of the total energy
 ADDITIVE: Final = (MEAN_VARIANCE_ENERGY_STD,)
 

@@ -178,7 +178,8 @@ class Potential(nn.Module):
             keep_graph: keep gradients of gradients (training, forces that depend on a field).
 
         Returns:
-            energy, edge_gradients and, if asked for, the fields; shapes and units in keys.py.
+            energy, edge_gradients and, if asked for, the fields and what is said of all atoms as
+            one structure (Method.of_frame); shapes and units in keys.py.
         """
         vectors = inputs[keys.EDGE_VECTORS]
         if not vectors.requires_grad:
@@ -203,6 +204,8 @@ class Potential(nn.Module):
             weights = neighbor_weights(vectors.index_select(0, owned), self.backbone.radial.cutoff)
             edges = edges.index_select(1, owned)
             out.update(self.fields(features, energy, species, edges, weights))
+            for _, method in self.methods.items():
+                out.update(method.of_frame(features, energy, species))
         return out
 
 

@@ -196,6 +196,8 @@ def _predict_frame(model: Model, frame: Frame) -> dict[str, Any]:
             where = f"{frame.source}: the model's {name} is not finite"
             raise ValueError(f"{where}; look at the structure, or leave the frame out")
     energy_std = {n: np.sqrt((fields[n] ** 2).sum()) for n in names if n in keys.ADDITIVE}
+    of_frame = {n: keys.OF_FRAME + n for n in names}
+    energy_std |= {n: float(outputs[key]) for n, key in of_frame.items() if key in outputs}
     if keys.MEMBERS in outputs:
         energy_std[keys.ENSEMBLE_ENERGY_STD] = outputs[keys.MEMBERS].sum(axis=0).std(ddof=1)
     distances = np.linalg.norm(vectors, axis=1)

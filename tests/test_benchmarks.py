@@ -19,7 +19,6 @@ from test_frames import SHARED
 from test_uncertainty_posthoc import dataset as random_frames
 from test_uncertainty_posthoc import fields_of, with_methods
 
-from lmp_hl.graph import graph_inputs
 from lmp_hl.predictions import predict
 from lmp_hl.training.calibrate import collect_atoms
 from lmp_hl.training.config import ModelConfig
@@ -235,24 +234,6 @@ def test_heads_of_a_trained_committee_are_the_members_of_an_ensemble(benchmark, 
     raw = found.fields["ensemble_raw_std"]
     np.testing.assert_allclose(raw, np.sqrt((spread**2).mean(1)), rtol=1e-5)
     assert raw.min() > 0
-
-
-def test_rigidity_of_a_frame_is_that_of_the_sum_of_its_atoms(benchmark, tmp_path):
-    script = benchmark("uncertainty")
-    path = write_checkpoint(tmp_path / "model.ckpt", uncertainty=("llpr",))
-    model = ModelConfig(**torch.load(path, weights_only=True)["model"])
-    network = script.unfitted(SimpleNamespace(output_dir=tmp_path, model=model), ("llpr",))
-    frames = random_frames(4).frames
-    found = script.rigidity_of_frames(network, frames)
-    # without data every direction is equally free: alpha |sum_i J_i|
-    for frame, std in zip(frames, found, strict=True):
-        inputs = graph_inputs(frame, network.elements, network.cutoff, 1, network.dtype)
-        features, energy = network.potential.atoms(inputs)
-        method = network.potential.methods["llpr"]
-        rows = method.jacobian(features, energy, inputs["species"]).double()
-        np.testing.assert_allclose(std, rows.sum(0).norm().item(), rtol=1e-4)
-    fields = predict(network, frames, "4 frames")
-    assert fields.energy_std == {}  # the squares of llpr_energy_std do not add up to it
 
 
 def test_every_row_has_a_method_and_every_method_a_training(benchmark):

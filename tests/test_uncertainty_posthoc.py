@@ -19,6 +19,7 @@ from lmp_hl.export import export_potential
 from lmp_hl.graph import graph_inputs
 from lmp_hl.nn.backbone import Features
 from lmp_hl.nn.heads import invariants
+from lmp_hl.predictions import predict
 from lmp_hl.training import frames as fr
 from lmp_hl.training.calibrate import calibrate, collect_atoms, recalibrate
 from lmp_hl.training.config import ModelConfig
@@ -192,6 +193,11 @@ def test_fields_travel_in_the_model_file_with_their_units(preset, head, tmp_path
             assert read[name].shape == (len(structure),)
             assert torch.isfinite(read[name]).all()
             torch.testing.assert_close(read[name], eager[name].detach(), rtol=EXACT, atol=EXACT)
+    found = predict(model, valid.frames).energy_std
+    atoms = collect_atoms(potential, valid)
+    expected = potential.methods["llpr"].frame_energy_std(atoms)
+    assert list(found) == [keys.LLPR_ENERGY_STD]  # of frames, not from squares of the atoms'
+    np.testing.assert_allclose(found[keys.LLPR_ENERGY_STD], expected, rtol=EXACT)
 
 
 def test_numbers_of_atoms_stay_symbols_when_the_fields_are_traced(fitted):

@@ -352,7 +352,8 @@ def _evaluate(
         outputs.append(found)
         species.append(graph[keys.SPECIES])
         errors.append(graph[fr.TARGET_FORCES].double() - forces)
-    fields = {name: torch.cat([of_one[name] for of_one in outputs]) for name in outputs[0]}
+    names = [name for name in outputs[0] if not name.startswith(keys.OF_FRAME)]
+    fields = {name: torch.cat([of_one[name] for of_one in outputs]) for name in names}
     return fields, torch.cat(species), torch.cat(errors)
 
 

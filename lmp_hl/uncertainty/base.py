@@ -140,6 +140,17 @@ class Method(nn.Module):
         """
         return values
 
+    def of_frame(
+        self, features: Features, energy: AtomicEnergy, species: Tensor
+    ) -> dict[str, Tensor]:
+        """Values of the atoms given as one structure that fields of single atoms do not hold.
+
+        Returns:
+            keys.OF_FRAME and the name of a field -> ().
+        """
+        out: dict[str, Tensor] = {}
+        return out
+
     def fit(self, seen: Atoms, held: Atoms) -> dict[str, Any]:
         """Fit to frozen features, in float64 on the CPU.
 

@@ -43,7 +43,7 @@ class LastLayerRigidity(Method):
     `llpr_energy_std` is sqrt(var_i). A replicated cell has J proportional to the number of copies,
     and so has its standard deviation: errors of equal atoms are the same error. Per atom it holds
     the freedom to shift energy between sites, too, which totals and forces leave open: it is larger
-    than the total's error, and its squares do not add up to var(E_f), which `frame_energy_std` has.
+    than the total's error, and its squares do not add up to var(E_f), which `of_frame` has.
     `llpr_force_std` is s_z sqrt(x_i^T (M + lambda)^-1 x_i) without the biases. M is that block of
     H, or the mean of x x^T over the training atoms, which is the rigidity that labels of single
     atoms would give and does not feel that freedom; M and lambda are those that rank validation
@@ -101,6 +101,14 @@ class LastLayerRigidity(Method):
             keys.LLPR_ENERGY_STD: self.alpha * _length(rows @ self.energy_root),
             keys.LLPR_FORCE_STD: force * self.force_scale.index_select(0, species),
         }
+
+    def of_frame(
+        self, features: Features, energy: AtomicEnergy, species: Tensor
+    ) -> dict[str, Tensor]:
+        """See Method.of_frame; standard deviation of the error of the total energy, eV."""
+        total = self.jacobian(features, energy, species).sum(0, keepdim=True)
+        std = self.alpha * _length(total @ self.energy_root)
+        return {keys.OF_FRAME + keys.LLPR_ENERGY_STD: std[0]}
 
     def frame_energy_std(self, atoms: Atoms) -> Tensor:
         """Standard deviation of the error of each frame's energy, (num_frames,) eV."""
