@@ -47,7 +47,8 @@ def write_config(training: tuple[str, str, int], data: Path, out: Path) -> Path:
         write_noisy(folder, float(Path(section["train"]).stem.removeprefix("train_noise")))
     for key in ("train", "valid"):
         section[key] = str(folder / section[key])
-    section["test"] = {key: str(folder / path) for key, path in section["test"].items()}
+    tests = {"ID": folder / "id.xyz", "OOD": folder / "ood.xyz"}
+    section["test"] = {name: str(path) for name, path in tests.items() if path.is_file()}
     if str(section.get("reference_energies", "")).endswith(".xyz"):
         section["reference_energies"] = str(folder / section["reference_energies"])
     if (before := start_of(training)) is not None:

@@ -121,7 +121,7 @@ def test_rows_are_trained_once_scored_and_written_and_missing_ones_give_a_reason
     (tmp_path / "uncertainty_argon.yaml").write_text(
         textwrap.dedent("""\
             name: argon
-            data: {train: train.xyz, valid: valid.xyz, test: {ID: id.xyz, OOD: ood.xyz}}
+            data: {train: train.xyz, valid: valid.xyz}
             model: {cutoff: 5.0, channels: 4, hidden: 8, num_radial: 4}
             training: {epochs: 3, warmup_epochs: 1, num_threads: 1, accelerator: cpu}
             """)
