@@ -236,12 +236,15 @@ def table(scores: Mapping[str, Mapping[str, Any]], made: Mapping[str, Any]) -> s
     """Markdown: a form's lead, then its numbers on every data set, mean over seeds."""
     lead = leads(scores)
     datasets = list(dict.fromkeys(network.rsplit("/", 1)[0] for network in scores))
+    networks = f"{', '.join(datasets)}, seeds {' and '.join(map(str, SEEDS))}"
     lines = [
-        "# The form of the default uncertainty, on frames that are no test frames",
+        "# The form of the default uncertainty, decided without a test frame",
         "",
-        f"Trained networks: {', '.join(scores)}. Lead: mean over sets, ID and OOD of the default's",
-        "negative log-likelihood of a force component's error minus the form's, nats, 95 %",
-        "bootstrap interval over frames: a form above 0 is better than the default.",
+        f"Networks: {networks}; ID and OOD are both training frames of the benchmark's sets, held",
+        "back. Lead: mean over them of the default's negative log-likelihood of a force component's",
+        "error minus the form's, nats, with the 95 % bootstrap interval over frames; above 0 a form",
+        "is better than the default. The score was set down before there were results; the other",
+        "tables decide nothing.",
         "",
         "| form | what it is | lead |",
         "|---|---|---|",
@@ -298,6 +301,11 @@ def main() -> None:
     path = args.results / "uncertainty_form.md"
     path.write_text(table(scores, made), encoding="utf-8")
     summary = {"leads": leads(scores), "made": made}
+    for found in scores.values():
+        for part in found.values():
+            for numbers in part["forms"].values():
+                del numbers["surprise"]  # one number for each frame
+    summary["scores"] = scores
     path.with_suffix(".json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
     print(path.read_text(encoding="utf-8"))
 
