@@ -1,6 +1,6 @@
 // A potential read from hl.pt or hl.pt2, as the pair style sees it: atoms and edges in; energies,
-// forces, virials and fields out. Implemented in model.cpp and runtime.cpp, the only files that
-// know torch, and reached through libhlgauss_torch.so.
+// forces, virials and fields out. What implements it knows torch and is libhlgauss_torch.so:
+// model_file.cpp, model.cpp, layers.cpp, runtime.cpp.
 
 #ifndef LMP_HLGAUSS_MODEL_H
 #define LMP_HLGAUSS_MODEL_H
