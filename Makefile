@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# tests of one file share what they made; some start four ranks, so more at a time is not faster
+TWO_AT_A_TIME := -n 2 --dist loadfile
 PLUGIN_SOURCES := CMakeLists.txt $(wildcard pair_style/*.cpp pair_style/*.h)
 
 .PHONY: quickstart test test-all lint setup system
@@ -14,10 +16,10 @@ quickstart: setup
 	$(VENV)/bin/python examples/silicon/quickstart.py
 
 test: setup
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(TWO_AT_A_TIME)
 
 test-all: setup
-	LMP_HL_TEST_RUNTIMES="pt pt2" $(VENV)/bin/python -m pytest -m "slow or not slow"
+	LMP_HL_TEST_RUNTIMES="pt pt2" $(VENV)/bin/python -m pytest $(TWO_AT_A_TIME) -m "slow or not slow"
 
 lint: setup
 	$(VENV)/bin/ruff check .

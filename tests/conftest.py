@@ -11,6 +11,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.data import atomic_numbers, covalent_radii
+from filelock import FileLock
 from lammps_cases import crystal
 
 from lmp_hl import keys
@@ -223,7 +224,10 @@ def tiny_model(tmp_path_factory):
 
 
 class CompiledModels(dict):
-    """Preset -> hl.pt2, made when it is first asked for: each takes half a minute or more."""
+    """Preset -> hl.pt2, made when it is first asked for: each takes half a minute or more.
+
+    One process of pytest-xdist makes it for all.
+    """
 
     def __init__(self, folder):
         super().__init__()
@@ -233,7 +237,10 @@ class CompiledModels(dict):
         from lmp_hl.compile import export_compiled
 
         path = self.folder / f"{preset}.pt2"
-        self[preset] = export_compiled(calibrated(preset), ELEMENTS[:2], make_card(), path)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                export_compiled(calibrated(preset), ELEMENTS[:2], make_card(), path)
+        self[preset] = path
         return path
 
 
@@ -245,7 +252,11 @@ def compiled_models(tmp_path_factory):
     """
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("compiling a model needs g++")
-    return CompiledModels(tmp_path_factory.mktemp("compiled"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all processes
+    (folder / "compiled").mkdir(exist_ok=True)
+    return CompiledModels(folder / "compiled")
 
 
 @pytest.fixture

@@ -381,7 +381,6 @@ print("append", *every_death("old.h5md", 251, 260, 251))  # over a chunk of step
 """
 
 
-@pytest.mark.slow
 def test_death_at_every_single_write_loses_nothing(tmp_path):
     """Not at random moments but at all of them: making a file, appending to it, cutting it."""
     (tmp_path / "counter.c").write_text(WRITE_COUNTER)

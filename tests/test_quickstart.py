@@ -15,8 +15,6 @@ import yaml
 from lmp_hl.h5md import open_trajectory
 from lmp_hl.model_file import load
 
-pytestmark = pytest.mark.slow  # make quickstart runs the same
-
 SILICON = Path(__file__).resolve().parents[1] / "examples" / "silicon"
 CELLS, STEPS = 3, 20
 STEPS_OF_THE_JOB = 5

@@ -341,7 +341,6 @@ def labelled_batch(potential, structure_factory, error):
     return fr.collate_graphs(graphs)
 
 
-@pytest.mark.slow
 def test_two_processes_share_a_run(tmp_path):
     """Each takes half of every epoch's frames; one of them writes."""
     path = configure(tmp_path, training={"devices": 2, "accelerator": "cpu"})
