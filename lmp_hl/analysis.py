@@ -313,6 +313,8 @@ class Analysis:
     counts: dict[str, NDArray[np.int64]]  # field -> (num_frames, num_bins)
     crossings: dict[str, Crossing]  # field -> first above its threshold, if any ever was
     coverage: float | None  # promised by the model card
+    usual: list[str]  # fields whose threshold is the card's
+    usual_coverage: float | None  # share of the frames like validation frames wholly below those
     cutoff: float | None  # of the model, Å
     last: Frame
     axis: str
@@ -384,7 +386,8 @@ def analyze(
     Args:
         path: an H5MD file of fix hlgauss/h5md.
         axis: "x", "y" or "z", of the profile.
-        thresholds: field -> value in its unit; see `default_threshold` for the others.
+        thresholds: field -> value in its unit; for the others what the model card says of the
+            largest value in a frame like the validation frames, or else `default_threshold`.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -405,7 +408,11 @@ def analyze(
             )
         num_frames = trajectory.num_frames
         first = trajectory.frame(0)
-        limits = {n: given.get(n, default_threshold(finite(first, n))) for n in fields}
+        card = model_card(trajectory)
+        calibration = card.get("calibration", {})
+        usual = {n: float(v) for n, v in calibration.get("largest", {}).items() if n in fields}
+        limits = {n: default_threshold(finite(first, n)) for n in fields if n not in usual}
+        limits = {n: {**limits, **usual, **given}[n] for n in fields}
 
         def steps(what: str) -> Any:
             if not progress:
@@ -415,7 +422,6 @@ def analyze(
 
             return track(range(num_frames), what, console=Console(stderr=True), transient=True)
 
-        card = model_card(trajectory)
         promise = card.get("conformal", {})
         rows, crossings = [], {}
         lowest = dict.fromkeys(fields, math.inf)
@@ -447,6 +453,8 @@ def analyze(
     return Analysis(
         path=Path(path), fields=fields, units=units, ranking=ranking, thresholds=limits, rows=rows,
         edges=edges, counts=counts, crossings=crossings, coverage=promise.get("coverage"),
+        usual=[n for n in usual if n not in given],
+        usual_coverage=calibration.get("largest_coverage"),
         cutoff=card.get("config", {}).get("model", {}).get("cutoff"), last=frames[-1], axis=axis,
         region_steps=[f.step for f in frames], profile=slices, density=density,
         neighborhoods=neighborhoods(frames, fields, best) if has_species else None,

@@ -167,6 +167,11 @@ def print_summary(result: Analysis, written: list[Path]) -> None:
             f"  {n} first above {result.thresholds[n]:.3g}: step {c.step:,} ({when}), atom {c.id} "
             f"{c.element} at ({where}) Å with {c.value:.3g}"
         )
+    if result.usual and result.usual_coverage:
+        console.print(
+            f"  threshold of {', '.join(result.usual)}: no atom of a frame like the validation "
+            f"frames is above it, in {result.usual_coverage:.0%} of them"
+        )
     if math.isfinite(first["extrapolating"]):
         promise = (
             ""
@@ -214,7 +219,10 @@ def select_configurations(
     what = "frames" if radius is None else f"environments of {radius:g} Å"
     if not written:
         out.unlink(missing_ok=True)  # of an earlier run: it would be taken for this one's
-        print(f"  no atom has a {field} above {threshold:.3g}: nothing to label")
+        print(
+            f"  no atom has a {field} above {threshold:.3g}: nothing to label (another threshold: "
+            f"--threshold {field}=VALUE)"
+        )
         return
     print(f"  {len(written)} {what} to label in {out}, the most uncertain first, then the most")
     print("  different from those before:")

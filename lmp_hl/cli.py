@@ -267,7 +267,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--axis", choices="xyz", default="z", help="of the profile (default z)")
     p.add_argument(
         "--threshold", type=_threshold, action="append", default=[], metavar="FIELD=VALUE",
-        help="count atoms above it (default: median + 5 robust standard deviations of frame 0)",
+        help="count atoms above it (default: the model card's 'largest', see lmp-hl info; without "
+        "one, median + 5 robust standard deviations of frame 0)",
     )  # fmt: skip
 
     p.add_argument(

@@ -208,6 +208,7 @@ def describe(path: str | Path) -> str:
         ),
         ("promises", _promises(card)),
         ("rank of error", _ranking(calibration["ranking"])),
+        *([("largest", _largest(calibration))] if "largest" in calibration else []),
         ("versions", ", ".join(f"{k} {v}" for k, v in card["versions"].items())),
     ]
     return "\n".join(f"{name:<14} {text}" for name, text in lines)
@@ -263,6 +264,14 @@ def _size(calibration: dict[str, Any]) -> str:
     if "size_ratio" not in calibration:  # without the default method
         return ""
     return f"; predicted/true force error {calibration['size_ratio']:.2f} (cross-validated)"
+
+
+def _largest(calibration: dict[str, Any]) -> str:
+    values = ", ".join(f"{name} {value:.3g}" for name, value in calibration["largest"].items())
+    return (
+        f"{values} (in {calibration['largest_coverage']:.0%} of frames like the validation frames "
+        "no atom is above)"
+    )
 
 
 def _ranking(ranking: dict[str, float]) -> str:

@@ -101,6 +101,21 @@ def test_threshold_is_the_given_one_or_lies_above_the_bulk(trajectory, result, f
     assert given.rows[0]["force_std_above"] == pytest.approx((first > 0.1).mean())
 
 
+def test_threshold_is_that_of_the_model_card_where_it_has_one(frames, tmp_path, capsys):
+    """The first frame of a run may be a perfect crystal, which says nothing of what is usual."""
+    crystal = [frames[0] | {"force_std": np.full(len(frames[0]["id"]), 1e-3)}, *frames[1:]]
+    limit = float(frames[3]["force_std"].max())
+    card = {"calibration": {"largest": {"force_std": limit, "gone": 1.0}, "largest_coverage": 0.9}}
+    path = write_h5md(tmp_path / "t.h5md", crystal, card)
+    result = analysis.analyze(path)
+    assert result.thresholds["force_std"] == limit and result.usual == ["force_std"]
+    assert result.thresholds["entropy"] == analysis.default_threshold(frames[0]["entropy"])
+    analysis_report.print_summary(result, [tmp_path / "nothing"])
+    assert "threshold of force_std: no atom of a frame like" in capsys.readouterr().out
+    given = analysis.analyze(path, thresholds={"force_std": 0.1})
+    assert given.thresholds["force_std"] == 0.1 and given.usual == []
+
+
 def test_distributions_count_every_atom(result, frames):
     for counts in result.counts.values():
         assert counts.sum(axis=1).tolist() == [len(f["id"]) for f in frames]

@@ -127,6 +127,18 @@ def test_the_new_ranking_is_that_of_the_data(new, data):
     assert ranking["force_std"] == pytest.approx(spearmanr(std, error).statistic, abs=1e-6)
 
 
+def test_the_card_has_what_the_largest_value_of_a_frame_stays_below(new, data):
+    _, results = errors_of(new, ase.io.read(data, ":"))
+    calibration = model_file.load(new).card["calibration"]
+    coverage = calibration["largest_coverage"]
+    assert coverage == 0.95 and len(results) >= 19
+    for name in ("force_std", "distance", "entropy"):
+        largest = np.sort([r[name].max() for r in results])
+        # of k frames and a new one ceil((k + 1) 0.95) lie below
+        expected = largest[int(np.ceil((len(largest) + 1) * coverage - 1e-9)) - 1]
+        assert calibration["largest"][name] == pytest.approx(expected, rel=1e-6)
+
+
 def test_without_out_the_file_itself_is_replaced(tiny_model, data, tmp_path, capsys):
     path = tmp_path / "hl.pt"
     path.write_bytes(tiny_model.read_bytes())

@@ -320,7 +320,9 @@ def test_validation_frames_give_the_disagreement_the_size_of_the_error(
         torch.testing.assert_close(means[:, z], expected, rtol=1e-12, atol=1e-9)
 
     assert (found["frames"], found["atoms"], found["file"]) == (6, 54, str(labelled))
-    assert set(model.card["calibration"]["ranking"]) == {*model.fields} - {keys.ENERGY}
+    for judged, without in (("ranking", []), ("largest", [keys.EXTRAPOLATING])):
+        expected = {*model.fields} - {keys.ENERGY, *without}
+        assert set(model.card["calibration"][judged]) == expected
     assert [member["name"] for member in model.card["ensemble"]["members"]] == [CARD["name"]] * 3
     assert "calibration" not in plain.card["ensemble"]
 

@@ -175,6 +175,7 @@ def test_fields_travel_in_the_model_file_with_their_units(preset, head, tmp_path
     train, valid = dataset(5, layers=layers), dataset(3, seed=1, layers=layers)
     summary = calibrate(potential, train, valid)
     assert set(FIELDS) <= set(summary["ranking"]) and "llpr_alpha" in summary
+    assert "largest" not in summary  # three frames promise nothing
     card = make_card(head)
     del card["calibration"]["size_ratio"]  # nothing but `scales` says one
     path = export_potential(potential, ELEMENTS[:2], card, tmp_path / "hl.pt")

@@ -48,7 +48,7 @@ def calibrate(
 
     Returns:
         For the card: number of validation frames and atoms, their force RMSE; what each method says
-        about its fit; Spearman correlation of every field with the force error.
+        about its fit; of every field what _judge says.
     """
     # float64 throughout: covariances of correlated features lose float32's digits
     working = copy.deepcopy(potential).cpu().eval().double()
@@ -63,7 +63,7 @@ def calibrate(
         fields = working.fields(
             held.features, held.energy, held.species, held.edge_index, held.edge_weights
         )
-    summary["ranking"] = _rank(fields, working.field_names(), held.errors)
+    summary.update(_judge(fields, working.field_names(), held.errors, held.frame))
     return summary
 
 
@@ -122,7 +122,7 @@ def recalibrate(
         about = {"file": Path(data_path).name, **calibrate_ensemble(ensemble, graphs)}
         card["ensemble"] = {**card.get("ensemble", {}), "calibration": about}
     try:
-        summary["ranking"] = rank_fields(ensemble, graphs, names)
+        summary.update(judge_fields(ensemble, graphs, names))
     except ValueError as error:
         raise ValueError(f"{data_path}: calibrated on these frames {error}") from None
     summary["recalibrated"] = {
@@ -322,10 +322,10 @@ def calibrate_ensemble(
     }
 
 
-def rank_fields(
+def judge_fields(
     ensemble: Ensemble | torch.jit.ScriptModule, held: fr.GraphDataset, names: Sequence[str]
-) -> dict[str, float]:
-    """Spearman correlation of fields with the force error; not of those that are the same anywhere.
+) -> dict[str, Any]:
+    """What a card says of fields (_judge), of frames that no member was trained on.
 
     Raises:
         ValueError: a field that is not finite.
@@ -334,7 +334,8 @@ def rank_fields(
     for name in names:
         if name in found and not bool(torch.isfinite(found[name]).all()):
             raise ValueError(f"{name} is not finite")
-    return _rank(found, names, errors)
+    sizes = torch.tensor([int(graph[fr.NUM_ATOMS]) for graph in held])
+    return _judge(found, names, errors, torch.arange(len(sizes)).repeat_interleave(sizes))
 
 
 def _evaluate(
@@ -357,8 +358,31 @@ def _evaluate(
     return fields, torch.cat(species), torch.cat(errors)
 
 
-def _rank(fields: Mapping[str, Tensor], names: Sequence[str], errors: Tensor) -> dict[str, float]:
-    """Spearman correlation of fields with |dF|, pooled; not of those that are the same anywhere."""
+def _judge(
+    fields: Mapping[str, Tensor], names: Sequence[str], errors: Tensor, frame: Tensor
+) -> dict[str, Any]:
+    """What fields, but for those that are the same anywhere, say of the frames they are given on.
+
+    Returns:
+        "ranking": Spearman correlation with |dF|, pooled; with enough frames "largest_coverage",
+        and "largest": what the largest value of a frame like these stays below with that
+        probability (conformal.py, one score for each frame).
+    """
     size = errors.norm(dim=1).numpy()
     values = {name: fields[name].double().numpy() for name in names if name in fields}
-    return {n: float(spearmanr(v, size).statistic) for n, v in values.items() if np.ptp(v) > 0}
+    values = {name: v for name, v in values.items() if np.ptp(v) > 0}
+    found: dict[str, Any] = {
+        "ranking": {name: float(spearmanr(v, size).statistic) for name, v in values.items()}
+    }
+    frames = frame.unique().numpy()
+    coverage = conformal.attainable_coverage(len(frames))
+    if coverage > 0:
+        found["largest_coverage"], found["largest"] = coverage, {}
+        for name, v in values.items():
+            if name == keys.EXTRAPOLATING:  # a flag has no size
+                continue
+            largest = np.full(int(frames.max()) + 1, -np.inf)
+            np.maximum.at(largest, frame.numpy(), v)
+            limit = conformal.pooled_quantile(largest[frames], frames, coverage)
+            found["largest"][name] = limit
+    return found

@@ -20,7 +20,7 @@ from lmp_hl.potential import Potential
 from lmp_hl.uncertainty import METHODS
 
 from . import frames as fr
-from .calibrate import calibrate_ensemble, rank_fields
+from .calibrate import calibrate_ensemble, judge_fields
 from .config import DataConfig, ModelConfig, TrainConfig, model_config, to_yaml
 from .module import build_potential
 from .notebook import read_metrics
@@ -317,8 +317,8 @@ def load_ensemble(
             "float64",
         )
         about["calibration"] = {"file": str(valid), **calibrate_ensemble(ensemble, graphs)}
-        ranking = rank_fields(ensemble, graphs, ensemble.field_names())
-        card["calibration"] = {**card.get("calibration", {}), "ranking": ranking}
+        judged = judge_fields(ensemble, graphs, ensemble.field_names())
+        card["calibration"] = {**card.get("calibration", {}), **judged}
     return ensemble, elements[0], {**card, "ensemble": about}
 
 
@@ -350,9 +350,10 @@ def split_checkpoint(path: str | Path, folder: str | Path | None = None) -> list
     for number, member in enumerate(members, 1):
         of_member = copy.deepcopy(card)
         of_member["name"] = f"{card.get('name', path.stem)}, head {number} of {len(members)}"
-        ranking = of_member.get("calibration", {}).get("ranking", {})
-        for field in set(ranking) - set(member.field_names()):
-            del ranking[field]
+        calibration = of_member.get("calibration", {})
+        for judged in (calibration.get("ranking", {}), calibration.get("largest", {})):
+            for field in set(judged) - set(member.field_names()):
+                del judged[field]
         written.append(folder / f"{path.stem}-head{number}.ckpt")
         _write(
             written[-1],
