@@ -139,6 +139,10 @@ def read_size(held: Atoms, expected: Tensor, num_elements: int) -> Callable[[Ato
     return factor
 
 
+def _one(atoms: Atoms) -> Tensor:
+    return torch.ones(())
+
+
 @torch.no_grad()
 def sizes(form: Form, network: Frozen) -> dict[str, Tensor]:
     """force_std (num_atoms,) of the atoms of "ID" and "OOD", eV/Å, fitted to those of "valid"."""
@@ -152,10 +156,8 @@ def sizes(form: Form, network: Frozen) -> dict[str, Tensor]:
         square = method.distance(invariants(atoms.features), atoms.species).square()
         return form.growth(square, lambda x: neighbor_mean(x, atoms.edge_index, atoms.edge_weights))
 
-    factor: Callable[[Atoms], Tensor] = lambda atoms: torch.ones(())  # noqa: E731
-    if form.read_size:
-        expected = growth(held) * force.spread(force(held.features.tensors))
-        factor = read_size(held, expected, len(force.size))
+    expected = growth(held) * force.spread(force(held.features.tensors))
+    factor = read_size(held, expected, len(force.size)) if form.read_size else _one
     force.fit(held, growth(held) * factor(held))
     found = {}
     for name in ("ID", "OOD"):
