@@ -291,7 +291,8 @@ def run_lammps(script: str, folder: Path, num_ranks: int = 1) -> subprocess.Comp
     """Run an input script on MPI ranks in its own process; the output is returned, not checked."""
     (folder / f"in.{num_ranks}").write_text(script)
     command = lmp_hl_lammps.command(num_ranks, "-in", f"in.{num_ranks}", "-log", "none")
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    # against a hang only: four ranks that share two cores with a compiler take minutes
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1200)
 
 
 def read_dump(path: Path) -> np.ndarray:
