@@ -453,7 +453,7 @@ def analyze(
     return Analysis(
         path=Path(path), fields=fields, units=units, ranking=ranking, thresholds=limits, rows=rows,
         edges=edges, counts=counts, crossings=crossings, coverage=promise.get("coverage"),
-        usual=[n for n in usual if n not in given],
+        usual=[n for n in fields if n in usual and n not in given],
         usual_coverage=calibration.get("largest_coverage"),
         cutoff=card.get("config", {}).get("model", {}).get("cutoff"), last=frames[-1], axis=axis,
         region_steps=[f.step for f in frames], profile=slices, density=density,

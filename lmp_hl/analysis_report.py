@@ -168,9 +168,10 @@ def print_summary(result: Analysis, written: list[Path]) -> None:
             f"{c.element} at ({where}) Å with {c.value:.3g}"
         )
     if result.usual and result.usual_coverage:
+        whose = "" if result.usual == result.fields else f" of {', '.join(result.usual)}"
         console.print(
-            f"  threshold of {', '.join(result.usual)}: no atom of a frame like the validation "
-            f"frames is above it, in {result.usual_coverage:.0%} of them"
+            f"  threshold{whose}: above the largest value in {result.usual_coverage:.0%} of frames "
+            "like the validation frames"
         )
     if math.isfinite(first["extrapolating"]):
         promise = (

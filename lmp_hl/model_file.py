@@ -271,7 +271,7 @@ def _largest(calibration: dict[str, Any]) -> str:
     return (
         f"{values} (in {calibration['largest_coverage']:.0%} of frames like the validation frames "
         "no atom is above)"
-    )
+    ).replace("%", " %")
 
 
 def _ranking(ranking: dict[str, float]) -> str:

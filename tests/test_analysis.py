@@ -111,7 +111,10 @@ def test_threshold_is_that_of_the_model_card_where_it_has_one(frames, tmp_path, 
     assert result.thresholds["force_std"] == limit and result.usual == ["force_std"]
     assert result.thresholds["entropy"] == analysis.default_threshold(frames[0]["entropy"])
     analysis_report.print_summary(result, [tmp_path / "nothing"])
-    assert "threshold of force_std: no atom of a frame like" in capsys.readouterr().out
+    assert (
+        "threshold of force_std: above the largest value in 90% of frames"
+        in capsys.readouterr().out
+    )
     given = analysis.analyze(path, thresholds={"force_std": 0.1})
     assert given.thresholds["force_std"] == 0.1 and given.usual == []
 
