@@ -6,7 +6,7 @@ Each function takes the folder of the downloaded set and returns name -> frames:
 of a training, so that all members of an ensemble leave the same frames out.
 
 What is decided about a method is decided on the sets for development. All their frames, "id" and
-"ood" too, are frames that the others train on or validate with, so no test frame has a say.
+"ood" too, come from the training files of the others and are no test frames of theirs.
 """
 
 from collections.abc import Callable

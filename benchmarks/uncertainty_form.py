@@ -5,8 +5,8 @@
 The default multiplies a size per element by a growth g away from the data and by a damping h where
 symmetry makes forces vanish (ForceDistribution). Other forms are fitted to the same validation
 frames of the same trained networks and scored on frames near the training data (ID) and on others
-(OOD), of the sets for development of uncertainty_data.py: all are training frames of the sets of
-benchmarks/uncertainty.py, held back here.
+(OOD), of the sets for development of uncertainty_data.py: all come from the training files of the
+sets of benchmarks/uncertainty.py and are no test frames there.
 
 The score, set down before there were any results: the Gaussian negative log-likelihood of a
 force component's error at force_std, a proper score of what force_std says, the mean square of the
@@ -242,8 +242,8 @@ def table(scores: Mapping[str, Mapping[str, Any]], made: Mapping[str, Any]) -> s
     lines = [
         "# The form of the default uncertainty, decided without a test frame",
         "",
-        f"Networks: {networks}; ID and OOD are training frames of the benchmark's sets,",
-        "held back. Lead: mean over them of the default's negative log-likelihood of a force",
+        f"Networks: {networks}; ID and OOD are held-back frames of the sets' training files.",
+        "Lead: mean over them of the default's negative log-likelihood of a force",
         "component's error minus the form's, nats, with the 95 % bootstrap interval over frames;",
         "above 0 a form is better than the default. The score was set down before there were",
         "results; the other tables decide nothing.",

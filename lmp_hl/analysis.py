@@ -411,8 +411,10 @@ def analyze(
         card = model_card(trajectory)
         calibration = card.get("calibration", {})
         usual = {n: float(v) for n, v in calibration.get("largest", {}).items() if n in fields}
-        limits = {n: default_threshold(finite(first, n)) for n in fields if n not in usual}
-        limits = {n: {**limits, **usual, **given}[n] for n in fields}
+        known = {**usual, **given}
+        limits = {
+            n: known[n] if n in known else default_threshold(finite(first, n)) for n in fields
+        }
 
         def steps(what: str) -> Any:
             if not progress:
