@@ -55,7 +55,7 @@ def export_compiled(
         ValueError: no compiler, no room, no such device; or the compiled code gives other numbers.
     """
     path = Path(path)
-    _need_compiler()
+    need_compiler()
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device cuda was asked for, but torch finds no GPU here; export on a GPU node with a "
@@ -88,7 +88,12 @@ def export_compiled(
     return replace_file(path, content, check)
 
 
-def _need_compiler() -> None:
+def need_compiler() -> None:
+    """Refuse to go on where torch finds no C++ compiler.
+
+    Raises:
+        ValueError: what to install.
+    """
     found = torch._inductor.config.cpp.cxx
     names = [found] if isinstance(found, str) else [name for name in found if name]
     if not any(shutil.which(name) for name in names):

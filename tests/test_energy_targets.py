@@ -15,6 +15,7 @@ from lmp_hl.training import energy_targets, losses
 from lmp_hl.training import frames as fr
 from lmp_hl.training import train as train_module
 from lmp_hl.training.config import load_config
+from lmp_hl.training.prediction import Prediction
 from lmp_hl.training.train import train
 
 EDGES = histogram.uniform_edges(32, 1.0)
@@ -92,7 +93,7 @@ def anchor_gradient(potential, batch, loss):
     atoms = head(potential.backbone(batch).scalars, batch[keys.SPECIES])
     handle.remove()
     energy = torch.zeros(2, dtype=torch.float64).index_add(0, batch[fr.BATCH], atoms.energy)
-    value = loss(losses.Prediction(energy, torch.zeros(0), torch.zeros(0), atoms))
+    value = loss(Prediction(energy, torch.zeros(0), torch.zeros(0), atoms))
     return float(value.detach()), torch.autograd.grad(value, anchors[0])[0]
 
 
@@ -146,7 +147,7 @@ def test_latent_shares_are_the_conditional_of_independent_gaussians(structure_fa
     monkeypatch.setattr(HistogramEnergy, "target_probs", record)
     atoms = head(potential.backbone(batch).scalars, batch[keys.SPECIES])
     energy = torch.zeros(2, dtype=torch.float64).index_add(0, batch[fr.BATCH], atoms.energy)
-    prediction = losses.Prediction(energy, torch.zeros(0), torch.zeros(0), atoms)
+    prediction = Prediction(energy, torch.zeros(0), torch.zeros(0), atoms)
     losses.energy_histogram(head, prediction, batch, latent=True)
     probs = torch.softmax(atoms.logits, 1)
     v = histogram.excess_variance(probs, head.offsets, 0.75, 1.0).clamp(min=losses.LATENT_FLOOR)
@@ -170,7 +171,7 @@ def test_sum_is_the_convolution_of_the_atoms_histograms(structure_factory):
     head = potential.energy_head
     atoms = head(potential.backbone(batch).scalars, batch[keys.SPECIES])
     energy = torch.zeros(2, dtype=torch.float64).index_add(0, batch[fr.BATCH], atoms.energy)
-    prediction = losses.Prediction(energy, torch.zeros(0), torch.zeros(0), atoms)
+    prediction = Prediction(energy, torch.zeros(0), torch.zeros(0), atoms)
     probs = torch.softmax(atoms.logits, 1).numpy()
     expected = 0.0
     for k in range(2):
@@ -206,7 +207,7 @@ def test_sum_widens_for_no_error_beyond_its_bound(structure_factory):
         residual = head.bin_width * (torch.softmax(logits, 1) @ head.offsets)
         each = (atoms.anchor.detach() + residual).double()
         energy = torch.zeros(2, dtype=torch.float64).index_add(0, batch[fr.BATCH], each)
-        prediction = losses.Prediction(
+        prediction = Prediction(
             energy, torch.zeros(0), torch.zeros(0), atoms._replace(logits=logits)
         )
         loss = energy_targets.of_the_sum(head, prediction, batch).loss

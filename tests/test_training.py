@@ -24,6 +24,7 @@ from lmp_hl.training.checkpoint import CHECKPOINT_FORMAT, export_checkpoint, loa
 from lmp_hl.training.config import load_config
 from lmp_hl.training.module import set_bin_width
 from lmp_hl.training.notebook import Notebook, read_metrics
+from lmp_hl.training.prediction import Prediction, predict
 from lmp_hl.training.train import baseline_energies, initial_potential, train
 
 EPOCHS, WARMUP = 4, 2
@@ -282,7 +283,7 @@ def started(tmp_path_factory):
 def residuals(potential, graphs):
     """dE / N of each frame."""
     batch = fr.collate_graphs(list(graphs))
-    prediction = losses.predict(potential, batch, create_graph=False)
+    prediction = predict(potential, batch, create_graph=False)
     return (batch[fr.TARGET_ENERGY] - prediction.energy.detach()) / batch[fr.NUM_ATOMS]
 
 
@@ -375,7 +376,7 @@ def test_cross_entropy_pulls_the_anchor_as_the_squared_energy_error_does(structu
         atoms = head(scalars, batch[keys.SPECIES])
         handle.remove()
         energy = torch.zeros(2, dtype=torch.float64).index_add(0, batch[fr.BATCH], atoms.energy)
-        prediction = losses.Prediction(energy, torch.zeros(0), torch.zeros(0), atoms)
+        prediction = Prediction(energy, torch.zeros(0), torch.zeros(0), atoms)
         value = loss(prediction)
         return value, torch.autograd.grad(value, anchors[0])[0]
 
@@ -411,7 +412,7 @@ def test_stress_and_forces_of_predict_are_the_calculators(tiny_model, structure_
 
     graph = inputs_of(potential, atoms)
     graph |= {fr.NUM_ATOMS: torch.tensor([9]), fr.VOLUME: torch.tensor([calculated[2]])}
-    prediction = losses.predict(potential, fr.collate_graphs([graph]), create_graph=False)
+    prediction = predict(potential, fr.collate_graphs([graph]), create_graph=False)
     np.testing.assert_allclose(prediction.forces.detach(), calculated[0], atol=1e-10)
     np.testing.assert_allclose(prediction.stress[0].detach(), calculated[1], atol=1e-12)
 
@@ -420,7 +421,7 @@ def test_force_and_stress_losses_are_means_over_known_labels():
     forces = torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]])
     stress = torch.zeros(2, 3, 3)
     stress[1] = 0.1
-    prediction = losses.Prediction(torch.zeros(2), forces, stress, None)
+    prediction = Prediction(torch.zeros(2), forces, stress, None)
     batch = {
         fr.TARGET_FORCES: torch.zeros(2, 3),
         fr.TARGET_STRESS: torch.stack([torch.full((3, 3), math.nan), torch.zeros(3, 3)]),
@@ -429,3 +430,21 @@ def test_force_and_stress_losses_are_means_over_known_labels():
     }
     assert float(losses.forces_squared(prediction, batch)) == pytest.approx(9 / 6)
     assert float(losses.stress_squared(prediction, batch)) == pytest.approx((50 * 0.1) ** 2 / 4)
+
+
+# compiled ----------------------------------------------------------------------------------------
+def test_compiled_training_writes_the_same_log(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "calibrate", quick_calibration)
+    config = configure(tmp_path, training={"compile": True})
+    train(config)
+    for got, expected in zip(numbers(config), numbers(finished[0]), strict=True):
+        # sums in another order; Adam makes steps of full size of gradients that are rounding
+        assert got == pytest.approx(expected, rel=1e-3)
+
+
+def test_compiling_without_pythons_headers_is_met_at_the_door(tmp_path, monkeypatch):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "nowhere"))
+    config = configure(tmp_path, training={"compile": True})
+    with pytest.raises(ValueError, match=r"needs Python's headers.*python3-dev.*compile: false"):
+        train(config)
+    assert not (tmp_path / "runs").exists()

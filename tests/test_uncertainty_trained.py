@@ -22,6 +22,7 @@ from lmp_hl.training import train as train_module
 from lmp_hl.training.checkpoint import load_checkpoint
 from lmp_hl.training.config import ModelConfig
 from lmp_hl.training.notebook import Notebook
+from lmp_hl.training.prediction import by_member, predict
 from lmp_hl.training.train import train
 from lmp_hl.uncertainty import Atoms, Evidential, MeanVariance, Sizes
 from lmp_hl.uncertainty.committee import CommitteeEnergy
@@ -454,14 +455,14 @@ def test_forces_of_every_member_are_trained_in_turn(structure_factory):
     potential = potential_of("committee")
     head = potential.energy_head
     batch = fr.collate_graphs(labelled_graphs(potential, structure_factory))
-    forces = [losses.predict(potential, batch, False, turn).forces for turn in range(5)]
-    mean = losses.predict(potential, batch, False).forces
+    forces = [predict(potential, batch, False, turn).forces for turn in range(5)]
+    mean = predict(potential, batch, False).forces
     torch.testing.assert_close(torch.stack(forces[:4]).mean(0), mean)
     torch.testing.assert_close(forces[4], forces[0])
     alone = copy.deepcopy(potential)
     for k in range(4):
         alone.energy_head = head.heads[k]
-        expected = losses.predict(alone, batch, False).forces
+        expected = predict(alone, batch, False).forces
         torch.testing.assert_close(forces[k][:9], expected[:9])
         torch.testing.assert_close(forces[(k - 1) % 4][9:], expected[9:])
 
@@ -481,12 +482,12 @@ def test_bootstrap_draws_the_same_weights_for_a_frame_wherever_it_is():
 def test_frames_without_weight_train_no_member(structure_factory):
     potential = potential_of("committee")
     batch = fr.collate_graphs(labelled_graphs(potential, structure_factory))
-    prediction = losses.predict(potential, batch, False)
-    own = losses.by_member(prediction, batch)[1]
+    prediction = predict(potential, batch, False)
+    own = by_member(prediction, batch)[1]
     part = potential.energy_head.heads[1]
     ones, first = (torch.tensor(w, dtype=torch.float64) for w in ([1.0, 1.0], [2.0, 0.0]))
     alone = fr.collate_graphs([labelled_graphs(potential, structure_factory)[0]])
-    own_alone = losses.by_member(losses.predict(potential, alone, False), alone)[1]
+    own_alone = by_member(predict(potential, alone, False), alone)[1]
     for name in energy_targets.NAMES:
         whole = energy_targets.energy_loss(name, part, own, batch).loss
         same = energy_targets.energy_loss(name, part, own, batch, ones).loss

@@ -310,6 +310,9 @@ class TrainingConfig:
     num_threads: int | None = None
     """CPU threads per process; null: what torch chooses."""
 
+    compile: bool = False
+    """Compile the network first (torch.compile): a minute or two, then epochs of half the time."""
+
     log_every: int = 1
     """Epochs between two lines of the log."""
 
@@ -488,6 +491,8 @@ def _convert_one(kind: Any, value: object, where: str, folder: Path) -> Any:
     if kind is type(None) and value is None:
         return None
     if origin is Literal and isinstance(value, str) and value in args:
+        return value
+    if kind is bool and isinstance(value, bool):
         return value
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value

@@ -15,7 +15,8 @@ from lmp_hl import histogram
 from lmp_hl.nn.heads import HistogramEnergy
 
 from . import frames as fr
-from .losses import HistogramLoss, Prediction, energy_histogram, weighted
+from .losses import HistogramLoss, energy_histogram, weighted
+from .prediction import Prediction
 
 BEYOND: Final = 4.0  # squared error over variance beyond which `of_the_sum` widens no further
 NAMES: Final = ("shares", "latent", "pooled_probs", "pooled_logits", "sum")

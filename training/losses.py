@@ -4,7 +4,6 @@ Weights and units make the histogram and the scalar control comparable: the ener
 the gradient of (dE)^2 / N in the mean energy of every atom, whatever the bin width.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,83 +12,11 @@ from torch import Tensor
 from lmp_hl import histogram, keys
 from lmp_hl.nn.backbone import Features
 from lmp_hl.nn.heads import AtomicEnergy, HistogramEnergy
-from lmp_hl.potential import Potential, edge_forces
 from lmp_hl.uncertainty import Atoms
-from lmp_hl.uncertainty.committee import CommitteeEnergy
 from lmp_hl.uncertainty.neighbors import neighbor_weights
 
 from . import frames as fr
-
-
-class Prediction(NamedTuple):
-    """A batch evaluated with everything the losses need.
-
-    energy: (num_graphs,) float64, eV, without reference energies; forces: (num_nodes, 3), eV/Å;
-    stress: (num_graphs, 3, 3), eV/Å³; atoms: per-atom output of the energy head; features: of the
-    atoms; members: output of every head of a committee.
-    """
-
-    energy: Tensor
-    forces: Tensor
-    stress: Tensor
-    atoms: AtomicEnergy
-    features: Features | None = None
-    members: Sequence[AtomicEnergy] = ()
-
-
-def predict(
-    potential: Potential, batch: dict[str, Tensor], create_graph: bool, turn: int | None = None
-) -> Prediction:
-    """Energies, forces and stress of a batch.
-
-    Args:
-        potential: to evaluate.
-        batch: of graphs.
-        create_graph: make them differentiable in the weights.
-        turn: of a committee, forces and stress of frame f are those of member (turn + f) modulo
-            their number: with a step's number for it every member's forces are trained, at the
-            price of one gradient. None: those of the mean energy.
-    """
-    vectors = batch[keys.EDGE_VECTORS].detach().requires_grad_(True)
-    graph_of = batch[fr.BATCH]
-    head, members = potential.energy_head, list[AtomicEnergy]()
-    inputs = {**batch, keys.EDGE_VECTORS: vectors}
-    if isinstance(head, CommitteeEnergy):
-        features = potential.backbone(inputs)
-        members = head.members(features.scalars, batch[keys.SPECIES])
-        atoms = head.combine(members)
-    else:
-        features, atoms = potential.atoms(inputs)
-    differentiated = atoms.energy
-    if members and turn is not None:
-        chosen = member_of(turn, graph_of, len(members))
-        each = torch.stack([member.energy for member in members], 1)
-        differentiated = each.gather(1, chosen.unsqueeze(1))
-    (gradient,) = torch.autograd.grad([differentiated.sum()], [vectors], create_graph=create_graph)
-    num_graphs = batch[fr.NUM_ATOMS].shape[0]
-    energy = atoms.energy.new_zeros(num_graphs, dtype=torch.float64)
-    energy = energy.index_add(0, graph_of, atoms.energy.double())
-    forces = edge_forces(batch[keys.EDGE_INDEX], gradient, graph_of.shape[0])
-    outer = vectors.unsqueeze(2) * gradient.unsqueeze(1)  # (num_edges, 3, 3)
-    virial = outer.new_zeros((num_graphs, 3, 3))
-    virial = virial.index_add(0, graph_of[batch[keys.EDGE_INDEX][0]], outer)
-    stress = 0.5 * (virial + virial.transpose(1, 2)) / batch[fr.VOLUME].reshape(-1, 1, 1)
-    return Prediction(energy, forces, stress, atoms, features, members)
-
-
-def member_of(turn: int, graph: Tensor, num_members: int) -> Tensor:
-    """The member of a committee whose forces are trained on a graph of the batch."""
-    return (graph + turn) % num_members
-
-
-def by_member(prediction: Prediction, batch: dict[str, Tensor]) -> list[Prediction]:
-    """The prediction of every head that is trained on its own energies: of one head, its own."""
-    out = []
-    for atoms in prediction.members:
-        energy = torch.zeros_like(prediction.energy)
-        energy = energy.index_add(0, batch[fr.BATCH], atoms.energy.double())
-        out.append(prediction._replace(energy=energy, atoms=atoms, members=()))
-    return out or [prediction]
+from .prediction import Prediction
 
 
 def bootstrap_weights(batch: dict[str, Tensor], num_members: int) -> Tensor:

@@ -15,6 +15,7 @@ from . import frames as fr
 from . import losses
 from .config import IvonConfig, ModelConfig, SwagConfig, TrainConfig
 from .energy_targets import energy_loss
+from .prediction import Network, Prediction, by_member, compiled_network, member_of, predict
 
 # share of the schedule in which the learning rate rises, and where it ends
 RISE, END = 0.02, 0.01
@@ -66,6 +67,7 @@ class PotentialModule(L.LightningModule):
         for method in potential.uncertainty_methods():
             method.requires_grad_(method.trained)
         self._sums: dict[str, Tensor] = {}
+        self._network: Network | None = None
 
     @property
     def is_warm(self) -> bool:
@@ -128,6 +130,12 @@ class PotentialModule(L.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def on_fit_start(self) -> None:
+        """Compile the network, if asked for, where it is now."""
+        if self.config.training.compile:
+            self.print("compiling the network")
+            self._network = compiled_network(self.potential)
+
     def on_train_epoch_start(self) -> None:
         """Measure the bin width once the scalar warm-up is over."""
         self._sums = {}
@@ -172,7 +180,8 @@ class PotentialModule(L.LightningModule):
         weights = self.config.loss
         is_train = split == "train"
         turn = self.global_step if is_train else None
-        prediction = losses.predict(self.potential, batch, create_graph=is_train, turn=turn)
+        network = self._network if is_train else None
+        prediction = predict(self.potential, batch, is_train, turn, network)
         of_member: Tensor | None = None
         if turn is not None and prediction.members and weights.member_frames == "bootstrap":
             of_member = losses.bootstrap_weights(batch, len(prediction.members))
@@ -181,7 +190,7 @@ class PotentialModule(L.LightningModule):
         forces = squared
         if of_member is not None and turn is not None:
             graphs = torch.arange(len(of_member), device=of_member.device)
-            chosen = of_member[graphs, losses.member_of(turn, graphs, of_member.shape[1])]
+            chosen = of_member[graphs, member_of(turn, graphs, of_member.shape[1])]
             forces = losses.forces_squared(prediction, batch, chosen)
         for method in self.potential.uncertainty_methods():
             if method.trained:
@@ -208,14 +217,14 @@ class PotentialModule(L.LightningModule):
     def _energy(
         self,
         split: str,
-        prediction: losses.Prediction,
+        prediction: Prediction,
         batch: dict[str, Tensor],
         of_member: Tensor | None,
     ) -> Tensor:
         """Mean over the heads of the energy loss; `of_member`: weights (num_graphs, members)."""
         name, share = self.config.loss.energy_target, self.config.loss.cross_entropy
         found = []
-        for k, own in enumerate(losses.by_member(prediction, batch)):
+        for k, own in enumerate(by_member(prediction, batch)):
             frame_weights = None if of_member is None else of_member[:, k]
             if not self.uses_histogram:
                 found.append(losses.energy_squared(own, batch, frame_weights))

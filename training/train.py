@@ -29,6 +29,7 @@ from .config import IvonConfig, SwagConfig, TrainConfig, load_config, to_yaml
 from .module import PotentialModule, build_potential
 from .notebook import Notebook
 from .posterior import Posterior, Swag, weights_of, with_weights
+from .prediction import need_compilers
 
 # as many atoms as set the scales of the features; more change nothing
 SCALE_ATOMS = 4000
@@ -48,8 +49,8 @@ def train(config_path: str | Path, resume: bool = False) -> Path:
         member_0.ckpt, ...
 
     Raises:
-        ValueError: bad configuration or data; a run is in `output_dir` already and `resume` is off,
-            or it was made with another configuration.
+        ValueError: bad configuration or data; no compiler where one is needed; a run is in
+            `output_dir` already and `resume` is off, or it was made with another configuration.
         ImportError: IVON is asked for and not installed.
     """
     config = load_config(config_path)
@@ -62,6 +63,8 @@ def train(config_path: str | Path, resume: bool = False) -> Path:
 
     if isinstance(config.training.posterior, IvonConfig):
         importlib.import_module("lmp_hl.training.ivon")  # a missing package is met at the door
+    if config.training.compile:
+        need_compilers()
 
     splits = fr.load_splits(config.data, config.seed)
     baseline, start_from = baseline_energies(splits), config.training.init_from

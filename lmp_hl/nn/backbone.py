@@ -326,25 +326,36 @@ class Backbone(nn.Module):
         tensors = rest.reshape(flat.shape[0], self.num_components, self.channels)
         return Features(scalars, tensors.transpose(0, 1))
 
-    def forward(self, inputs: dict[str, Tensor]) -> Features:
-        """Model inputs (keys.py) -> features of the owned atoms, differentiable in edge_vectors."""
-        species = inputs[keys.SPECIES]
-        edge_index = inputs[keys.EDGE_INDEX]
-        layer_nodes = inputs[keys.LAYER_NODES]
-        layer_edges = inputs[keys.LAYER_EDGES]
-        radial, angular = self.expand(inputs[keys.EDGE_VECTORS])
-
-        n, e = int(layer_nodes[0]), int(layer_edges[0])
+    def layers(
+        self,
+        species: Tensor,
+        edge_index: Tensor,
+        edge_vectors: Tensor,
+        num_nodes: list[int],
+        num_edges: list[int],
+    ) -> Features:
+        """All layers, the t-th for the first num_nodes[t] nodes, which have num_edges[t] edges."""
+        radial, angular = self.expand(edge_vectors)
+        n, e = num_nodes[0], num_edges[0]
         features = self.first_layer(
             species[:n], species, edge_index[:, :e], radial[:e], angular[:e]
         )
         for t, layer in enumerate(self.message_layers):
-            n, e = int(layer_nodes[t + 1]), int(layer_edges[t + 1])
+            n, e = num_nodes[t + 1], num_edges[t + 1]
             centers = Features(features.scalars[:n], features.tensors[:, :n])
             features = layer(
                 species[:n], centers, features, edge_index[:, :e], radial[:e], angular[:e]
             )
         return features
+
+    def forward(self, inputs: dict[str, Tensor]) -> Features:
+        """Model inputs (keys.py) -> features of the owned atoms, differentiable in edge_vectors."""
+        num_nodes: list[int] = inputs[keys.LAYER_NODES].tolist()
+        num_edges: list[int] = inputs[keys.LAYER_EDGES].tolist()
+        vectors = inputs[keys.EDGE_VECTORS]
+        return self.layers(
+            inputs[keys.SPECIES], inputs[keys.EDGE_INDEX], vectors, num_nodes, num_edges
+        )
 
 
 def fit_scales(backbone: Backbone, inputs: dict[str, Tensor]) -> None:
