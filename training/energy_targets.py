@@ -71,10 +71,11 @@ def pooled(
         total = zeros.index_add(0, graph_of, values)
         return total / num_atoms.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
 
+    pulled = head.pulled_logits(atoms)
     if logits:
-        log_probs = torch.log_softmax(mean(atoms.logits), 1)
+        log_probs = torch.log_softmax(mean(pulled), 1)
     else:
-        each = torch.log_softmax(atoms.logits, 1)
+        each = torch.log_softmax(pulled, 1)
         index = graph_of.unsqueeze(1).expand_as(each)
         lowest = each.new_full((len(num_atoms), each.shape[1]), -math.inf)
         top = lowest.scatter_reduce(0, index, each.detach(), "amax")

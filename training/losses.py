@@ -102,7 +102,7 @@ def energy_histogram(
     targets = ((offset + share) / width).to(atoms.logits.dtype)  # in bins from the anchor
     target_probs = head.target_probs(targets, (kernel + open_variance).sqrt())
     floor = head.entropy_floor() + 0.5 * torch.log1p(open_variance / head.kernel_variance())
-    entropy = histogram.cross_entropy(target_probs, atoms.logits)
+    entropy = histogram.cross_entropy(target_probs, head.pulled_logits(atoms))
     scale = 2.0 * atoms.tau2.detach()
     squared = (atoms.energy.double() - (atoms.energy.detach() + share)).square()
     outside = histogram.outside_support(targets, head.edges)

@@ -101,7 +101,9 @@ def compiled_network(potential: Potential) -> Network:
 
     torch.compile cannot differentiate twice. What autograd does for the forces is therefore traced
     into plain operations first, for any number of nodes and edges; the gradient of those in the
-    weights is the compiler's work. Weights and buffers are read anew at every call.
+    weights is the compiler's work. Weights and buffers are read anew at every call. The network
+    must not detach anything: results that autograd keeps for its own use are detached in the trace,
+    and cannot be told from what was meant so.
 
     """
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -126,6 +128,11 @@ def compiled_network(potential: Potential) -> Network:
     traced = make_fx(flat, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
         *(x.to(weight.device) for x in example)
     )
+    for node in list(traced.graph.nodes):
+        if node.target is torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+    traced.recompile()
     compiled: Callable[..., Any] = torch.compile(traced)
 
     def network(

@@ -168,29 +168,28 @@ class HistogramEnergy(EnergyHead):
         """Features of the atoms -> histograms and their expectations."""
         hidden = self.anchor.activations(scalars)
         anchor = self.scale * self.anchor(scalars, hidden, species).squeeze(1)
-        width = self.bin_width.to(anchor.dtype)
-        # The bins stand at the anchor's present value; only the logits' parabola moves with its
-        # gradient, so that cross-entropy pulls the anchor towards the target as a squared error
-        # would, by (E - y) / tau^2.
-        shift = (anchor - anchor.detach()) / width  # zero, with a gradient
-        relative = self.offsets - shift.unsqueeze(1)
         # bounded: far from the data a width may not become 0 or infinite
         log_tau = 3.0 * torch.tanh(self.log_tau(scalars) / 3.0)
         tau2 = self.kernel_variance() * torch.exp(2.0 * log_tau)
-        shape = self._shape(scalars)
-        logits = shape - relative.pow(2) / (2.0 * tau2)
-        energy = self._expected(anchor, shape, tau2)
-        return AtomicEnergy(energy, anchor, logits, tau2.squeeze(1) * width.square(), hidden)
-
-    def _shape(self, scalars: Tensor) -> Tensor:
         # bounded: far from the data a free delta singles out one bin, and entropy says "certain"
-        return 3.0 * torch.tanh(self.delta(scalars) / 3.0)
-
-    def _expected(self, anchor: Tensor, shape: Tensor, tau2: Tensor) -> Tensor:
-        # here the bins move with the anchor: same value, gradient of the moving histogram
+        shape = 3.0 * torch.tanh(self.delta(scalars) / 3.0)
         logits = shape - self.offsets.pow(2) / (2.0 * tau2)
-        probs = torch.softmax(logits, dim=1)
-        return anchor + self.bin_width.to(anchor.dtype) * histogram.expectation(probs, self.offsets)
+        width = self.bin_width.to(anchor.dtype)
+        mean = histogram.expectation(torch.softmax(logits, dim=1), self.offsets)
+        tau2 = tau2.squeeze(1) * width.square()
+        return AtomicEnergy(anchor + width * mean, anchor, logits, tau2, hidden)
+
+    @torch.jit.unused
+    def pulled_logits(self, atoms: AtomicEnergy) -> Tensor:
+        """The logits with a gradient in the anchor, for a loss whose target stands still.
+
+        Bins move with the anchor, and so would a target that is given in them. Here they stand
+        where the anchor is now and only the parabola moves, so that cross-entropy pulls the anchor
+        towards the target as a squared error would, by (E - y) / tau^2. The values are the same.
+        """
+        width = self.bin_width.to(atoms.anchor.dtype)
+        shift = (atoms.anchor - atoms.anchor.detach()) * (width / atoms.tau2)  # zero
+        return atoms.logits + self.offsets * shift.unsqueeze(1)
 
     def fields(self, energy: AtomicEnergy, species: Tensor) -> dict[str, Tensor]:
         """Entropy of each atom's histogram and how far it is above the floor, nats."""
