@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import keys, uncertainty
-from .nn.backbone import Backbone, Features
+from .nn.backbone import L_OUT, Backbone, Features
 from .nn.heads import AtomicEnergy, EnergyHead, HistogramEnergy, ScalarEnergy
 from .uncertainty.committee import CommitteeEnergy
 from .uncertainty.neighbors import neighbor_mean, neighbor_weights
@@ -82,7 +82,7 @@ class Potential(nn.Module):
             raise ValueError(f"model.head must be {known}, got {head!r}")
         self.energy_head = energy_head
         bins = num_bins if head == "hlgauss" else 0
-        sizes = uncertainty.Sizes(num_scalars, channels, l_max, num_elements, bins)
+        sizes = uncertainty.Sizes(num_scalars, channels, min(l_max, L_OUT), num_elements, bins)
         self.methods = uncertainty.make_methods(methods, sizes)
         # of the energy head and of each method: values whose mean over the neighbours is wanted
         self.shared = [[], *(list(method.SHARED) for method in self.uncertainty_methods())]

@@ -101,7 +101,7 @@ def test_presets_know_their_layers(tmp_path):
         ("model: {head: hl-gauss}", r"model.head must be 'hlgauss' or .*'scalar', got 'hl-gauss'"),
         ("model: 3", r"model must be a mapping with the keys preset, .*, got 3 \(whole number\)"),
         ("model: {cutoff: -5.0}", r"model.cutoff must be > 0 Å, got -5.0"),
-        ("model: {l_max: 1}", r"model.l_max must be 2 or 3, got 1"),
+        ("model: {l_max: 1}", r"model.l_max must be 2 to 4, got 1"),
         ("model: {num_layers: 2}", r"model.num_layers must be 1 or null .* got 2"),
         ("model: {preset: mp, num_layers: 1}", r"model.num_layers must be >= 2 or null .* got 1"),
         ("training: {ema_decay: 1.0}", r"training.ema_decay must be 0 <= x < 1, got 1.0"),

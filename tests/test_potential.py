@@ -22,7 +22,7 @@ from lmp_hl.uncertainty import Sizes
 from lmp_hl.uncertainty.scales import ForceDistribution, spd_exponential
 
 # preset, head, number of elements, l_max
-ALL = list(itertools.product(["local", "mp"], ["hlgauss", "scalar"], [1, 3], [2, 3]))
+ALL = list(itertools.product(["local", "mp"], ["hlgauss", "scalar"], [1, 3], [2, 4]))
 SOME = [
     ("local", "hlgauss", 3, 3),
     ("local", "scalar", 1, 2),
@@ -488,7 +488,7 @@ def test_unknown_architecture_is_refused():
         Potential(**arguments, num_layers=1, head="scalar", l_max=1, num_bins=8, sigma=0.75)
     with pytest.raises(ValueError, match="'svd_committee' or 'scalar', got 'mlp'"):
         Potential(**arguments, num_layers=1, head="mlp", l_max=2, num_bins=8, sigma=0.75)
-    with pytest.raises(ValueError, match="l_max must be 1, 2 or 3"):
-        Backbone(**arguments, num_layers=1, l_max=4)
+    with pytest.raises(ValueError, match="l_max must be 1 to 4"):
+        Backbone(**arguments, num_layers=1, l_max=5)
     with pytest.raises(ValueError, match="num_layers must be at least 1"):
         Backbone(**arguments, num_layers=0, l_max=2)

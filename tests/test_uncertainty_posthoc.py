@@ -44,7 +44,7 @@ def with_methods(preset="local", head="hlgauss", names=NAMES):
     sizes = Sizes(
         num_scalars=many_body.out.out_features,
         channels=potential.backbone.element_density.mix.weight.shape[2],
-        l_max=many_body.l_max,
+        l_max=many_body.l_out,
         num_elements=2,
         num_bins=32 if head == "hlgauss" else 0,
     )

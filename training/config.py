@@ -99,7 +99,7 @@ class ModelConfig:
     """Of "mp": width of what an edge carries from one layer to the next."""
 
     l_max: int = 2
-    """Largest degree of the spherical harmonics, 2 or 3."""
+    """Largest degree of the spherical harmonics, 2 to 4."""
 
     num_radial: int = 8
     """Radial basis functions of a distance."""
@@ -133,7 +133,7 @@ class ModelConfig:
         _require(self.cutoff > 0, "model.cutoff", "> 0 Å", self.cutoff)
         for name in ("channels", "message_channels", "num_radial", "hidden"):
             _require(getattr(self, name) > 0, f"model.{name}", "> 0", getattr(self, name))
-        _require(self.l_max in (2, 3), "model.l_max", "2 or 3", self.l_max)
+        _require(2 <= self.l_max <= 4, "model.l_max", "2 to 4", self.l_max)
         _require(self.num_members >= 2, "model.num_members", ">= 2", self.num_members)
         _require(self.sigma > 0, "model.sigma", "> 0 bin widths", self.sigma)
         # the support is padded by 4 sigma on either side and needs room between

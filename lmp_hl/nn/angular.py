@@ -58,19 +58,19 @@ class SphericalHarmonics(nn.Module):
 class SymmetricSquare(nn.Module):
     """All even products A_l1 x A_l2 -> B_l3 (l1 <= l2) of a tensor with itself, channel by channel.
 
-    One gather of the needed component pairs and one matrix product with the coefficients;
-    `paths[l3]` says how many copies of degree l3 come out.
+    One gather of the needed component pairs and one matrix product with the coefficients; l3 goes
+    up to l_out, `paths[l3]` says how many copies of degree l3 come out.
     """
 
     first: Tensor
     second: Tensor
     coefficients: Tensor
 
-    def __init__(self, l_max: int) -> None:
+    def __init__(self, l_max: int, l_out: int) -> None:
         super().__init__()
         rows: list[dict[tuple[int, int], float]] = []
         self.paths: list[int] = []
-        for l3 in range(l_max + 1):
+        for l3 in range(l_out + 1):
             pairs = [
                 (l1, l2)
                 for l1 in range(l_max + 1)

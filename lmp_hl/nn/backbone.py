@@ -17,11 +17,13 @@ from .. import keys
 from .angular import DegreeLinear, SphericalHarmonics, SymmetricSquare, degree_products
 from .radial import RadialBasis
 
+L_OUT = 2  # highest degree of the tensors that a layer makes; the force distribution needs 2
+
 
 class Features(NamedTuple):
     """What a backbone hands to the heads, for the atoms whose features it computed.
 
-    scalars: (num_atoms, num_scalars) invariant; tensors: ((l_max + 1)^2, num_atoms, channels).
+    scalars: (num_atoms, num_scalars) invariant; tensors: ((l_out + 1)^2, num_atoms, channels).
     """
 
     scalars: Tensor
@@ -123,26 +125,39 @@ class MessageDensity(nn.Module):
 
     A_i,lm = sum_j R_l Y_lm s_j + R'_l T_j,lm + [l = 0] sum_l' R''_l' Y_l'.T_j,l'
 
-    s and T are few mixtures of the neighbour's channels, and what has been summed is mixed to many
-    again: an edge costs (l_max + 1)^2 message_channels, and there are tens of edges to an atom.
+    Y goes up to l_max, T up to l_out. s and T are few mixtures of the neighbour's channels, and
+    what has been summed is mixed to many again: an edge costs (l_max + 1)^2 message_channels, and
+    there are tens of edges to an atom.
     """
 
-    degree_of: Tensor
+    weight_of: Tensor
 
     def __init__(
-        self, l_max: int, channels: int, num_radial: int, num_scalars: int, message_channels: int
+        self,
+        l_max: int,
+        l_out: int,
+        channels: int,
+        num_radial: int,
+        num_scalars: int,
+        message_channels: int,
     ) -> None:
         super().__init__()
-        self.l_max = l_max
+        self.num_tensors = (l_out + 1) ** 2
         self.channels = message_channels
-        self.radial = nn.Linear(num_radial, 3 * (l_max + 1) * message_channels, bias=False)
+        self.num_weights = l_max + 1 + 2 * (l_out + 1)  # R, R' and R'' of every degree
+        self.radial = nn.Linear(num_radial, self.num_weights * message_channels, bias=False)
         self.scalars = nn.Linear(num_scalars, message_channels)
-        self.tensors = DegreeLinear(l_max, channels, message_channels)
+        self.tensors = DegreeLinear(l_out, channels, message_channels)
         self.scale = DegreeScale(l_max, message_channels)
         self.mix = DegreeLinear(l_max, message_channels, channels)
-        self.keep = DegreeLinear(l_max, channels, channels)
-        degrees = [degree for degree in range(l_max + 1) for _ in range(2 * degree + 1)]
-        self.register_buffer("degree_of", torch.tensor(degrees))
+        self.keep = DegreeLinear(l_out, channels, channels)
+        y, t = (
+            [degree for degree in range(top + 1) for _ in range(2 * degree + 1)]
+            for top in (l_max, l_out)
+        )
+        # of each component of Y, T and Y.T
+        index = [*y, *(l_max + 1 + k for k in t), *(l_max + 2 + l_out + k for k in t)]
+        self.register_buffer("weight_of", torch.tensor(index))
 
     def forward(
         self,
@@ -153,38 +168,43 @@ class MessageDensity(nn.Module):
         angular: Tensor,
     ) -> Tensor:
         """Features of centres and neighbours -> density ((l_max + 1)^2, num_centers, channels)."""
-        num_centers = centers.scalars.shape[0]
-        shape = (radial.shape[0], 3, self.l_max + 1, self.channels)
-        weights = self.radial(radial).reshape(shape)
+        num_centers, num_all, n = centers.scalars.shape[0], angular.shape[1], self.num_tensors
+        weights = self.radial(radial).reshape(radial.shape[0], self.num_weights, self.channels)
+        weights = weights.index_select(1, self.weight_of)
         s_j = self.scalars(features.scalars).index_select(0, edge_index[1]).unsqueeze(1)
         t_j = self.tensors(features.tensors).transpose(0, 1).index_select(0, edge_index[1])
         y = angular.unsqueeze(2)
-        spread = weights[:, :2].index_select(2, self.degree_of)
-        message = spread[:, 0] * y * s_j + spread[:, 1] * t_j  # (num_edges, components, channels)
-        inner = weights[:, 2].index_select(1, self.degree_of) * y * t_j
-        message = torch.cat([message[:, :1] + inner.sum(1, keepdim=True), message[:, 1:]], dim=1)
+        spread = weights[:, :num_all] * y * s_j  # (num_edges, components, channels)
+        carried = weights[:, num_all : num_all + n] * t_j
+        inner = (weights[:, num_all + n :] * y[:, :n] * t_j).sum(1, keepdim=True)
+        parts = [
+            spread[:, :1] + carried[:, :1] + inner,
+            spread[:, 1:n] + carried[:, 1:],
+            spread[:, n:],
+        ]
         raw = torch.zeros(
-            (num_centers, message.shape[1] * self.channels),
-            dtype=radial.dtype,
-            device=radial.device,
-        ).index_add(0, edge_index[0], message.flatten(1))
-        raw = raw.reshape(num_centers, message.shape[1], self.channels).transpose(0, 1)
-        return self.mix(self.scale(raw)) + self.keep(centers.tensors)
+            (num_centers, num_all * self.channels), dtype=radial.dtype, device=radial.device
+        ).index_add(0, edge_index[0], torch.cat(parts, dim=1).flatten(1))
+        raw = raw.reshape(num_centers, num_all, self.channels).transpose(0, 1)
+        density, kept = self.mix(self.scale(raw)), self.keep(centers.tensors)
+        return torch.cat([density[:n] + kept, density[n:]], dim=0)
 
 
 class ManyBody(nn.Module):
-    """Density of one layer -> invariants and mixed tensors."""
+    """Density of one layer, up to degree l_max -> invariants and mixed tensors up to l_out."""
 
-    def __init__(self, l_max: int, channels: int, num_scalars: int, num_elements: int) -> None:
+    def __init__(
+        self, l_max: int, l_out: int, channels: int, num_scalars: int, num_elements: int
+    ) -> None:
         super().__init__()
-        self.l_max = l_max
-        self.square = SymmetricSquare(l_max)
-        self.mix_density = DegreeLinear(l_max, channels, channels)
+        self.l_out = l_out
+        self.square = SymmetricSquare(l_max, l_out)
+        self.mix_density = DegreeLinear(l_out, channels, channels)
         self.mix_square = nn.ParameterList(
             nn.Parameter(torch.randn(n, channels, channels) / math.sqrt(n * channels))
             for n in self.square.paths
         )
-        num_invariants = (1 + self.square.paths[0] + 2 * (l_max + 1)) * channels
+        num_invariants = (1 + self.square.paths[0] + 2 * (l_out + 1)) * channels
         self.standardize = Standardize(num_invariants)
         self.linear = nn.Linear(num_invariants, num_scalars)
         self.hidden = nn.Linear(num_invariants, num_scalars)
@@ -194,7 +214,8 @@ class ManyBody(nn.Module):
     def forward(self, density: Tensor, species: Tensor) -> Features:
         """((l_max + 1)^2, n, channels) and (n,) species -> Features of these n atoms."""
         squares = self.square(density)
-        mixed_density = self.mix_density(density)
+        low = density[: (self.l_out + 1) * (self.l_out + 1)]
+        mixed_density = self.mix_density(low)
         blocks: list[Tensor] = []
         for degree, weight in enumerate(self.mix_square):
             block = mixed_density[degree * degree : (degree + 1) * (degree + 1)]
@@ -205,8 +226,8 @@ class ManyBody(nn.Module):
         invariants = [density[0]]
         for path in range(squares[0].shape[0]):
             invariants.append(squares[0][path, 0])
-        invariants += degree_products(density, mixed, self.l_max)
-        invariants += degree_products(mixed, mixed, self.l_max)
+        invariants += degree_products(low, mixed, self.l_out)
+        invariants += degree_products(mixed, mixed, self.l_out)
         x = self.standardize(torch.cat(invariants, dim=1))
         hidden = torch.nn.functional.silu(self.hidden(x) + self.hidden_element(species))
         return Features(self.linear(x) + self.out(hidden), mixed)
@@ -218,6 +239,7 @@ class MessageLayer(nn.Module):
     def __init__(
         self,
         l_max: int,
+        l_out: int,
         channels: int,
         num_radial: int,
         num_scalars: int,
@@ -225,8 +247,10 @@ class MessageLayer(nn.Module):
         message_channels: int,
     ) -> None:
         super().__init__()
-        self.density = MessageDensity(l_max, channels, num_radial, num_scalars, message_channels)
-        self.many_body = ManyBody(l_max, channels, num_scalars, num_elements)
+        self.density = MessageDensity(
+            l_max, l_out, channels, num_radial, num_scalars, message_channels
+        )
+        self.many_body = ManyBody(l_max, l_out, channels, num_scalars, num_elements)
 
     def forward(
         self,
@@ -251,7 +275,7 @@ class Backbone(nn.Module):
         cutoff: in Å.
         num_layers: range of the energy is num_layers * cutoff.
         channels: copies of each tensor.
-        l_max: highest degree, 1 to 3.
+        l_max: highest degree of the spherical harmonics, 1 to 4; tensors stop at L_OUT.
         num_radial: radial functions per pair of elements.
         num_scalars: size of the invariant features.
         message_channels: copies of each tensor that an edge carries from layer to layer.
@@ -269,21 +293,24 @@ class Backbone(nn.Module):
         message_channels: int,
     ) -> None:
         super().__init__()
-        if not 1 <= l_max <= 3:
-            raise ValueError(f"model.l_max must be 1, 2 or 3, got {l_max}")
+        if not 1 <= l_max <= 4:
+            raise ValueError(f"model.l_max must be 1 to 4, got {l_max}")
         if num_layers < 1:
             raise ValueError(f"model.num_layers must be at least 1, got {num_layers}")
         self.radial = RadialBasis(cutoff, num_radial)
         self.angular = SphericalHarmonics(l_max)
         self.element_density = ElementDensity(l_max, channels, num_radial, num_elements)
-        self.many_body = ManyBody(l_max, channels, num_scalars, num_elements)
+        l_out = min(l_max, L_OUT)
+        self.many_body = ManyBody(l_max, l_out, channels, num_scalars, num_elements)
         self.message_layers = nn.ModuleList(
-            MessageLayer(l_max, channels, num_radial, num_scalars, num_elements, message_channels)
+            MessageLayer(
+                l_max, l_out, channels, num_radial, num_scalars, num_elements, message_channels
+            )
             for _ in range(num_layers - 1)
         )
         self.num_scalars = num_scalars
         self.channels = channels
-        self.num_components = (l_max + 1) ** 2
+        self.num_components = (l_out + 1) ** 2  # of the tensors
         self.num_features = num_scalars + self.num_components * channels
 
     def expand(self, edge_vectors: Tensor) -> tuple[Tensor, Tensor]:
