@@ -3,6 +3,8 @@
 import math
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -433,6 +435,10 @@ def test_force_and_stress_losses_are_means_over_known_labels():
 
 
 # compiled ----------------------------------------------------------------------------------------
+@pytest.mark.skipif(
+    not (Path(sysconfig.get_path("include")) / "Python.h").is_file(),
+    reason="torch.compile needs Python's headers",
+)
 def test_compiled_training_writes_the_same_log(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "calibrate", quick_calibration)
     config = configure(tmp_path, training={"compile": True})
