@@ -33,10 +33,14 @@ def gradients(potential, batch, network):
     ]
 
 
-@pytest.mark.slow  # test_training.py has a whole run of "local"
+@pytest.mark.parametrize(
+    "compile_graph",
+    [lambda graph: graph, pytest.param(torch.compile, marks=pytest.mark.slow)],
+    ids=["traced", "compiled"],
+)
 @pytest.mark.parametrize(("preset", "head"), [("mp", "hlgauss"), ("local", "committee")])
 def test_compiled_network_has_the_same_outputs_and_gradients_in_the_weights(
-    preset, head, structure_factory
+    preset, head, compile_graph, structure_factory
 ):
     potential = copy.deepcopy(make_potential(preset, head, num_elements=2))
     potential.energy_head.requires_grad_(True)
@@ -45,7 +49,7 @@ def test_compiled_network_has_the_same_outputs_and_gradients_in_the_weights(
     for number in (5, 12, 1):  # a single atom in a box has no edges
         atoms = structure_factory(["Si", "O"], number, pbc=number > 5, seed=number)
         graphs.append(inputs_of(potential, atoms) | {fr.NUM_ATOMS: torch.tensor([number])})
-    compiled = compiled_network(potential)
+    compiled = compiled_network(potential, compile_graph)
     eager = network_of(potential, create_graph=True)
     for chosen in (graphs, graphs[:1], graphs[1:]):  # other sizes, and other weights and buffers
         batch = fr.collate_graphs(chosen)

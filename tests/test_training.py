@@ -435,6 +435,7 @@ def test_force_and_stress_losses_are_means_over_known_labels():
 
 
 # compiled ----------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (Path(sysconfig.get_path("include")) / "Python.h").is_file(),
     reason="torch.compile needs Python's headers",

@@ -96,7 +96,9 @@ def need_compilers() -> None:
         )
 
 
-def compiled_network(potential: Potential) -> Network:
+def compiled_network(
+    potential: Potential, compile_graph: Callable[..., Any] = torch.compile
+) -> Network:
     """The same as network_of(potential, create_graph=True), compiled by torch.compile.
 
     torch.compile cannot differentiate twice. What autograd does for the forces is therefore traced
@@ -133,7 +135,7 @@ def compiled_network(potential: Potential) -> Network:
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
     traced.recompile()
-    compiled: Callable[..., Any] = torch.compile(traced)
+    compiled = compile_graph(traced)
 
     def network(
         species: Tensor, edge_index: Tensor, edge_vectors: Tensor, weights: Tensor
