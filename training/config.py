@@ -311,7 +311,7 @@ class TrainingConfig:
     """CPU threads per process; null: what torch chooses."""
 
     compile: bool = False
-    """Compile the network first (torch.compile): a minute or two, then epochs of half the time."""
+    """Compile the network first (torch.compile): minutes, then shorter epochs; for long runs."""
 
     log_every: int = 1
     """Epochs between two lines of the log."""
