@@ -18,6 +18,10 @@ import numpy as np
 from ase import Atoms
 from ase.io import read, write
 
+from lmp_hl.training.config import DataConfig
+from lmp_hl.training.frames import read_frames
+from lmp_hl.training.stress_labels import stress_offset
+
 Split = dict[str, list[Atoms]]
 DEFECTS: Final = ("Vacancy", "Surface")
 
@@ -56,9 +60,24 @@ def threebpa(folder: Path) -> Split:
     }
 
 
+def _mlearn(folder: Path) -> tuple[list[Atoms], list[Atoms]]:
+    """Training and test frames, with the stress that their labels lack where they lack one.
+
+    Copper's stress labels are 15 meV/Å³ (24 kbar) from what its energies of strained cells say,
+    Pulay stress; no potential can fit both. Molybdenum's and silicon's agree.
+    """
+    train, test = (folder / f"{name}.xyz" for name in ("train", "test"))
+    labels = read_frames(train, DataConfig(train=(train,)), "train")
+    found, sets = stress_offset(labels), (_read(train), _read(test))
+    if found is not None and found.explains:
+        for atoms in (a for frames in sets for a in frames if "stress" in a.calc.results):
+            atoms.calc.results["stress"][:3] += found.value  # Voigt
+    return sets
+
+
 def without_defects(folder: Path) -> Split:
     """One element of mlearn without vacancies and surfaces; OOD: all of those, from both files."""
-    train, test = _read(folder / "train.xyz"), _read(folder / "test.xyz")
+    train, test = _mlearn(folder)
     return {
         **_validation(_without(train, DEFECTS, True)),
         "id": _without(test, DEFECTS, True),
@@ -98,7 +117,8 @@ def water(folder: Path) -> Split:
 
 def metal(folder: Path) -> Split:
     """One element of mlearn as it comes: its test frames are of the kinds that are trained on."""
-    return {**_validation(_read(folder / "train.xyz")), "id": _read(folder / "test.xyz")}
+    train, test = _mlearn(folder)
+    return {**_validation(train), "id": test}
 
 
 # sets for development ---------------------------------------------------------------------------

@@ -48,6 +48,10 @@ class DataConfig:
     stress_key: str | None = "stress"
     """Label of the stress, eV/Å³, positive in tension; frames may lack it; null: not read."""
 
+    stress_offset: float = 0.0
+    """eV/Å³, added to the diagonal of every stress label. Where labels lack the Pulay stress the
+    training says so and names the number that makes them agree with the energies."""
+
     reference_energies: Literal["fit"] | dict[str, float] | Path = "fit"
     """Energy per element that the network does not learn: "fit" (least squares on the training
     frames), element -> eV, or a file of isolated atoms."""
@@ -63,6 +67,8 @@ class DataConfig:
         _require(self.train != (), "data.train", "at least one file", self.train)
         _require(self.valid != (), "data.valid", "at least one file, or null", self.valid)
         fraction, frames, symbols = self.valid_fraction, self.max_frames, self.elements
+        offset = self.stress_offset
+        _require(math.isfinite(offset), "data.stress_offset", "a finite number, eV/Å³", offset)
         _require(0 < fraction < 1, "data.valid_fraction", "0 < x < 1", fraction)
         _require(frames is None or frames > 0, "data.max_frames", "> 0 or null", frames)
         _require(symbols != (), "data.elements", "at least one element, or null", symbols)

@@ -493,7 +493,7 @@ def _frame(atoms: Atoms, source: str, config: DataConfig) -> Frame:
         pbc=np.asarray(atoms.pbc, dtype=bool),
         energy=energy,
         forces=forces,
-        stress=_stress(atoms, source, config.stress_key),
+        stress=_stress(atoms, source, config),
         config_type=str(atoms.info.get("config_type", "")),
         source=source,
     )
@@ -514,8 +514,9 @@ def _energy(atoms: Atoms, source: str, key: str) -> float:
     return float(energy.reshape(()))
 
 
-def _stress(atoms: Atoms, source: str, key: str | None) -> NDArray[np.float64] | None:
-    """(3, 3) from 3x3, nine or six (Voigt: xx yy zz yz xz xy) numbers."""
+def _stress(atoms: Atoms, source: str, config: DataConfig) -> NDArray[np.float64] | None:
+    """(3, 3) from 3x3, nine or six (Voigt: xx yy zz yz xz xy) numbers, with the offset."""
+    key = config.stress_key
     stress = None if key is None else _label(atoms, source, key, "stress")
     if stress is None:
         return None
@@ -534,7 +535,7 @@ def _stress(atoms: Atoms, source: str, key: str | None) -> NDArray[np.float64] |
             f"{source}: stress '{key}' is not symmetric: {full.tolist()}; label the frame again or "
             f"set data.stress_key: null"
         )
-    symmetric: NDArray[np.float64] = 0.5 * (full + full.T)
+    symmetric: NDArray[np.float64] = 0.5 * (full + full.T) + config.stress_offset * np.eye(3)
     return symmetric
 
 

@@ -30,6 +30,7 @@ from .module import PotentialModule, build_potential
 from .notebook import Notebook
 from .posterior import Posterior, Swag, weights_of, with_weights
 from .prediction import need_compilers
+from .stress_labels import stress_offset
 
 # as many atoms as set the scales of the features; more change nothing
 SCALE_ATOMS = 4000
@@ -82,6 +83,7 @@ def train(config_path: str | Path, resume: bool = False) -> Path:
     trainer = _trainer(config, out)
     if trainer.is_global_zero:
         _print_start(config, splits, potential)
+        _check_stress(config, splits)
     start = time.time()
     trainer.fit(
         module,
@@ -278,6 +280,19 @@ def _difference(before: TrainConfig, now: TrainConfig, part: str) -> str:
         if a != b:
             return f"{field.name}: {a} then, {b} now"
     return part
+
+
+def _check_stress(config: TrainConfig, splits: fr.Splits) -> None:
+    """Warn where stress labels and energies cannot both be fitted."""
+    found = stress_offset(splits.train) if config.loss.stress > 0 else None
+    if found is not None and found.explains:
+        print(
+            f"warning: the stress labels do not agree with the energies: between {found.num_pairs} "
+            f"pairs of strained frames {1e3 * abs(found.value):.1f} meV/Å³ are missing on the "
+            f"diagonal, which looks like Pulay stress. Set data.stress_offset: "
+            f"{config.data.stress_offset + found.value:.4f} to add them, or loss.stress: 0",
+            flush=True,
+        )
 
 
 def _print_start(config: TrainConfig, splits: fr.Splits, potential: Potential) -> None:
