@@ -110,7 +110,7 @@ def errors(
     known: NDArray[np.bool_],
     num_resamples: int = 1000,
 ) -> dict[str, Any]:
-    """RMSE with 95 % intervals from resampling frames.
+    """RMSE with 95 % intervals from resampling frames; of the stress where a frame has one.
 
     Args:
         predicted: from `predict`.
@@ -140,13 +140,17 @@ def errors(
         return found.as_dict()
 
     new = ~known
-    return {
+    found: dict[str, Any] = {
         "num_frames": len(frames),
         "num_energies": int(new.sum()),
         "energy_rmse_meV_per_atom": interval(energy[new], lambda w: w[new]),
         "forces_rmse_meV_per_Angstrom": interval(per_atom, lambda w: w[frame]),
-        "stress_rmse_meV_per_Angstrom3": interval(stress[has_stress], lambda w: w[has_stress]),
     }
+    if has_stress.any():
+        found["stress_rmse_meV_per_Angstrom3"] = interval(
+            stress[has_stress], lambda w: w[has_stress]
+        )
+    return found
 
 
 # cost -------------------------------------------------------------------------------------------

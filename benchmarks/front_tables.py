@@ -79,7 +79,7 @@ def _range(values: Sequence[float], form: str) -> str:
 
 
 def _error(result: Result, name: str, form: str) -> str:
-    if "errors" not in result:
+    if name not in result.get("errors", {}):
         return "-"
     s = result["errors"][name]
     return f"{s['value']:{form}} [{s['low']:{form}}, {s['high']:{form}}]"

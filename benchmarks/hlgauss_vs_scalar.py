@@ -28,14 +28,12 @@ from lmp_hl.training.train import train
 HEADS = ("hlgauss", "scalar")
 
 
-def moved(config: TrainConfig, data: Path | None) -> TrainConfig:
-    """The configuration with data files looked for in `data` where given."""
-    if data is None:
-        return config
+def moved(config: TrainConfig, folder: Path, data: Path) -> TrainConfig:
+    """The configuration of a YAML in `folder`, with data files at the same place below `data`."""
     section = config.data
 
     def there(path: Path) -> Path:
-        return data / path.name
+        return data / path.relative_to(folder)
 
     references = section.reference_energies
     return dataclasses.replace(
@@ -123,9 +121,7 @@ def main() -> None:
     """Train, evaluate, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
-    parser.add_argument(
-        "--data", type=Path, help="folder of the data files, if not beside the YAML"
-    )
+    parser.add_argument("--data", type=Path, help="folder of the data sets, if not the YAML's own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--heads", nargs="+", default=HEADS, choices=HEADS, help="train only these now"
@@ -134,7 +130,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    config = moved(load_config(args.config), args.data and args.data.resolve())
+    config = load_config(args.config)
+    if args.data is not None:
+        config = moved(config, args.config.resolve().parent, args.data.resolve())
     results = {}
     for seed in args.seeds:
         for head in args.heads:
