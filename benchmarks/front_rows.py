@@ -43,25 +43,25 @@ class Potential:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def _ours(preset: str, channels: int, head: str = "hlgauss") -> Potential:
+def _ours(preset: str, channels: int, l_max: int = 3, head: str = "hlgauss") -> Potential:
     words = {"hlgauss": "HL-Gauss", "scalar": "scalar head (control)"}[head]
     return Potential(
         "lmp-hl",
-        f"{preset}, {channels} channels, {words}",
+        f"{preset}, {channels} channels, l = {l_max}, {words}",
         ("torchscript", "aoti"),
-        {"preset": preset, "channels": channels, "head": head},
+        {"preset": preset, "channels": channels, "l_max": l_max, "head": head},
     )
 
 
 POTENTIALS: Final[dict[str, Potential]] = {
-    "local-16": _ours("local", 16),
+    "local-16": _ours("local", 16, l_max=2),
     "local-64": _ours("local", 64),
     "local-128": _ours("local", 128),
-    "local-64-scalar": _ours("local", 64, "scalar"),
+    "local-64-scalar": _ours("local", 64, head="scalar"),
     "mp-16": _ours("mp", 16),
     "mp-32": _ours("mp", 32),
     "mp-64": _ours("mp", 64),
-    "mp-32-scalar": _ours("mp", 32, "scalar"),
+    "mp-32-scalar": _ours("mp", 32, head="scalar"),
     "snap": Potential("lammps", "SNAP of Zuo et al. 2020, as published", ("lammps",)),
     "qsnap": Potential(
         "lammps", "quadratic SNAP of the same", ("lammps",), {"suffix": ".quadratic"}

@@ -87,8 +87,8 @@ def train(config_path: str | Path, resume: bool = False) -> Path:
     start = time.time()
     trainer.fit(
         module,
-        _loader(graphs["train"], config, shuffle=True),
-        _loader(graphs["valid"], config, shuffle=False),
+        make_loader(graphs["train"], config, shuffle=True),
+        make_loader(graphs["valid"], config, shuffle=False),
         ckpt_path=last if resume and last.is_file() else None,
         weights_only=True,
     )
@@ -191,9 +191,12 @@ def _graphs(
     )
 
 
-def _loader(dataset: fr.GraphDataset, config: TrainConfig, shuffle: bool) -> DataLoader[Any]:
-    # The order depends on seed and epoch only, so a resumed run sees what an uninterrupted one
-    # would. With several processes Lightning puts in a sampler of this kind for each of them.
+def make_loader(dataset: fr.GraphDataset, config: TrainConfig, shuffle: bool) -> DataLoader[Any]:
+    """Batches of a data set.
+
+    Their order depends on seed and epoch only, so a resumed run sees what an uninterrupted one
+    would. With several processes Lightning puts in a sampler of this kind for each of them.
+    """
     alone = config.training.devices == 1
     sampler = (
         DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=config.seed)
