@@ -24,6 +24,7 @@ from . import keys, stages
 from .ensemble import Ensemble
 from .export import TOLERANCE, ExportedPotential, make_exported, replace_file, to_bytes
 from .model_file import load
+from .nn.angular import SymmetricSquare
 from .potential import Potential
 from .runtime import BUILD_RECORD, TORCHSCRIPT_RECORD, Build, CompiledStages, stage_names
 
@@ -186,6 +187,9 @@ def _compile(parts: stages.Stages, name: str, device: str, cpu_isa: str, folder:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     inputs, shapes = _example(parts, name, device)
+    for module in parts.modules():
+        if isinstance(module, SymmetricSquare):
+            module.unroll = True
     # torch.export cannot trace autograd, but it can trace the operations that autograd recorded
     function = _function(parts, name)
     traced = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
