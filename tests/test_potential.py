@@ -13,6 +13,7 @@ from scipy.stats import multivariate_normal
 
 from lmp_hl import histogram, keys
 from lmp_hl.graph import graph_inputs
+from lmp_hl.nn.angular import SymmetricSquare
 from lmp_hl.nn.backbone import Backbone, Features
 from lmp_hl.nn.heads import AtomicEnergy, invariants
 from lmp_hl.potential import Potential, edge_forces
@@ -120,6 +121,22 @@ def test_narrow_messages_keep_the_laws(potential_factory, structure_factory):
     potential = potential_factory("mp", "hlgauss", 3, message_channels=2)
     test_rotation_and_inversion(potential, structure_factory)
     test_forces_are_minus_the_energys_gradient(potential, structure_factory)
+
+
+@pytest.mark.parametrize("l_max", [2, 3, 4])
+def test_products_one_by_one_are_those_of_the_matrix(l_max):
+    square = SymmetricSquare(l_max, 2).double()
+    assert square.is_sparse() == (l_max > 2)
+    tensors = torch.randn((l_max + 1) ** 2, 5, 3, dtype=torch.float64, requires_grad=True)
+    found = []
+    for square.unroll in (False, True):
+        blocks = square(tensors)
+        total = sum(block.pow(2).sum() for block in blocks)
+        found.append(
+            (torch.cat([b.flatten() for b in blocks]), *torch.autograd.grad(total, tensors))
+        )
+    for dense, single in zip(*found, strict=True):
+        torch.testing.assert_close(single, dense, rtol=1e-12, atol=1e-12)
 
 
 @cases(SOME)
