@@ -189,7 +189,7 @@ def _compile(parts: stages.Stages, name: str, device: str, cpu_isa: str, folder:
     inputs, shapes = _example(parts, name, device)
     for module in parts.modules():
         if isinstance(module, SymmetricSquare):
-            module.unroll = module.is_sparse()
+            module.unroll()
     # torch.export cannot trace autograd, but it can trace the operations that autograd recorded
     function = _function(parts, name)
     traced = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)

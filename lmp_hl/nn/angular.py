@@ -59,7 +59,7 @@ class SymmetricSquare(nn.Module):
     """All even products A_l1 x A_l2 -> B_l3 (l1 <= l2) of a tensor with itself, channel by channel.
 
     One gather of the needed component pairs and one matrix product with the coefficients; l3 goes
-    up to l_out, `paths[l3]` says how many copies of degree l3 come out. With `unroll` only what is
+    up to l_out, `paths[l3]` says how many copies of degree l3 come out. After `unroll` only what is
     not zero is multiplied, one by one: an interpreter is slow at that, a compiler fuses it.
     """
 
@@ -69,7 +69,7 @@ class SymmetricSquare(nn.Module):
 
     def __init__(self, l_max: int, l_out: int) -> None:
         super().__init__()
-        self.unroll = False
+        self.unrolled = False
         rows: list[dict[tuple[int, int], float]] = []
         self.paths: list[int] = []
         for l3 in range(l_out + 1):
@@ -88,7 +88,6 @@ class SymmetricSquare(nn.Module):
                         a, b = sorted((l1 * l1 + m1, l2 * l2 + m2))
                         row[(a, b)] = row.get((a, b), 0.0) + float(cg[m1, m2, m3])
                     rows.append(row)
-        self.rows = [[(a, b, value) for (a, b), value in row.items()] for row in rows]
         used = sorted({pair for row in rows for pair in row})
         matrix = torch.zeros(len(rows), len(used))
         for i, row in enumerate(rows):
@@ -100,8 +99,8 @@ class SymmetricSquare(nn.Module):
 
     def forward(self, tensors: Tensor) -> list[Tensor]:
         """((l_max + 1)^2, n, channels) -> per degree l (num_paths, 2l + 1, n, channels)."""
-        if not torch.jit.is_scripting() and self.unroll:
-            flat = self._unrolled(tensors)
+        if not torch.jit.is_scripting() and self.unrolled:
+            flat = self._one_by_one(tensors)
         else:
             flat = self._dense(tensors)
         n, c = tensors.shape[1], tensors.shape[2]
@@ -113,14 +112,18 @@ class SymmetricSquare(nn.Module):
             start += size
         return out
 
-    def is_sparse(self) -> bool:
-        """Whether few enough coefficients are not zero for `unroll` to be worth it.
+    def unroll(self) -> None:
+        """From now on multiply one by one what is not zero, if that is little.
 
-        52 of 24 x 40 are at l = 2, where it makes no difference; 125 of 38 x 104 at l = 3, where a
-        compiled model saves a quarter of its time.
+        52 of 24 x 40 coefficients are at l = 2, where it makes no difference; 125 of 38 x 104 at
+        l = 3, where a compiled model saves a quarter of its time.
         """
-        nonzero = int(self.coefficients.count_nonzero())
-        return nonzero < 0.05 * self.coefficients.numel()
+        pairs = list(zip(self.first.tolist(), self.second.tolist(), strict=True))
+        self.rows = [
+            [(value, *pair) for value, pair in zip(row, pairs, strict=True) if value != 0]
+            for row in self.coefficients.tolist()
+        ]
+        self.unrolled = sum(map(len, self.rows)) < 0.05 * self.coefficients.numel()
 
     def _dense(self, tensors: Tensor) -> Tensor:
         """All products, (num_rows, n, channels)."""
@@ -130,16 +133,10 @@ class SymmetricSquare(nn.Module):
         return (self.coefficients @ pairs.reshape(pairs.shape[0], n * c)).reshape(num_rows, n, c)
 
     @torch.jit.unused
-    def _unrolled(self, tensors: Tensor) -> Tensor:
-        components = tensors.unbind(0)
+    def _one_by_one(self, tensors: Tensor) -> Tensor:
+        components, none = tensors.unbind(0), torch.zeros_like(tensors[0])
         return torch.stack(
-            [
-                sum(
-                    (value * components[a] * components[b] for a, b, value in row),
-                    start=torch.zeros_like(components[0]),
-                )
-                for row in self.rows
-            ]
+            [sum((v * components[a] * components[b] for v, a, b in row), none) for row in self.rows]
         )
 
 
