@@ -29,7 +29,7 @@ import front_evaluate
 from front_peers import MAKERS, environment
 from front_rows import CRYSTALS, MINUTES, ROWS, Row
 from front_tables import write_results
-from front_training import Training, train
+from front_training import Training, recipe, train
 from provenance import provenance
 from uncertainty_data import write_split
 
@@ -57,7 +57,12 @@ def _path(row: Row, out: Path, minutes: float) -> Path:
 def stored(row: Row, out: Path, minutes: float) -> Result:
     """The row's numbers, or {"failed": why there are none}."""
     path = _path(row, out, minutes)
-    return dict(json.loads(path.read_text())) if path.is_file() else {"failed": "not made"}
+    if not path.is_file():
+        return {"failed": "not made"}
+    found: Result = json.loads(path.read_text())
+    if "failed" not in found and found.get("recipe") != recipe((row.element, row.name)):
+        return {"failed": "made with other settings"}
+    return found
 
 
 def _reason(error: BaseException) -> str:
@@ -100,7 +105,10 @@ def make(
                 numbers = front_evaluate.score(row, split, out, minutes)
             except Exception as error:  # one bad row does not stop the others
                 reason = _reason(error)
-        result = {"failed": reason} if reason is not None else {**numbers, "made": provenance()}
+        result: Result = {"failed": reason}
+        if reason is None:
+            used = recipe((row.element, row.name))
+            result = {**numbers, "recipe": used, "made": provenance()}
         write_json(_path(row, out, minutes), result)
         print(f"{row.full}: {result.get('failed', 'scored')}", flush=True)
 

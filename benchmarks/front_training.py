@@ -16,7 +16,7 @@ from typing import Any, Final
 import front_data
 import front_process
 from ase import Atoms
-from front_peers import MAKERS, Work, environment
+from front_peers import HERE, MAKERS, Work, environment
 from front_rows import POTENTIALS
 from uncertainty_data import write_split
 
@@ -70,6 +70,19 @@ def work_of(training: Training, out: Path, minutes: float, epochs: int = 1) -> W
     return Work(found, folder, training[0], potential.settings, epochs)
 
 
+def recipe(training: Training) -> dict[str, Any]:
+    """What a training was made with: when it changes, what is kept is made again."""
+    potential = POTENTIALS[training[1]]
+    shared = (HERE / "front_mlearn.yaml").read_text("utf-8") if potential.maker == "lmp-hl" else ""
+    return {"settings": potential.settings, "shared": shared}
+
+
+def _kept(path: Path, training: Training) -> dict[str, Any] | None:
+    """Content of a file that was made with this recipe."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found if found.get("recipe") == recipe(training) else None
+
+
 def _fit(maker: str, work: Work, train: Sequence[Atoms], valid: Sequence[Atoms]) -> float:
     """Train in an empty folder; seconds of the processor."""
     shutil.rmtree(work.folder, ignore_errors=True)
@@ -88,11 +101,12 @@ def _fit(maker: str, work: Work, train: Sequence[Atoms], valid: Sequence[Atoms])
 
 def _speed_of(training: Training, out: Path, train: list[Atoms], valid: list[Atoms]) -> list[float]:
     """Start-up and time per epoch of all frames, s; measured once."""
-    kept = out / "pilot" / f"{name_of(training)}.json"
-    if not kept.is_file():
+    path = out / "pilot" / f"{name_of(training)}.json"
+    kept = _kept(path, training)
+    if kept is None:
         maker = POTENTIALS[training[1]].maker
         few, few_valid = front_data.pilot(train), front_data.pilot(valid, 100)
-        folder = kept.with_suffix("")
+        folder = path.with_suffix("")
         atoms = [sum(map(len, frames)) for frames in (train, few)]
 
         def seconds(epochs: int) -> float:
@@ -103,9 +117,13 @@ def _speed_of(training: Training, out: Path, train: list[Atoms], valid: list[Ato
 
         startup, per_epoch = speed(seconds)
         shutil.rmtree(folder)
-        kept.write_text(json.dumps([startup, per_epoch * atoms[0] / atoms[1]]))
-    startup, per_epoch = json.loads(kept.read_text())
-    return [startup, per_epoch]
+        kept = {
+            "recipe": recipe(training),
+            "startup": startup,
+            "per_epoch": per_epoch * atoms[0] / atoms[1],
+        }
+        path.write_text(json.dumps(kept))
+    return [kept["startup"], kept["per_epoch"]]
 
 
 def train(training: Training, data: Path, out: Path, minutes: float) -> None:
@@ -116,7 +134,7 @@ def train(training: Training, data: Path, out: Path, minutes: float) -> None:
     """
     folder = folder_of(training, out, minutes)
     potential = POTENTIALS[training[1]]
-    if potential.maker == "lammps" or (folder / "done.json").is_file():
+    if potential.maker == "lammps" or _kept(folder / "done.json", training) is not None:
         return
     split = write_split(f"mlearn-{training[0]}", data, out)
     frames, valid = (front_data.read_all(split / f"{name}.xyz") for name in ("train", "valid"))
@@ -129,6 +147,7 @@ def train(training: Training, data: Path, out: Path, minutes: float) -> None:
     print(f"training {name_of(training)} for {epochs} epochs", flush=True)
     cpu = _fit(potential.maker, work, frames, valid)
     content = {
+        "recipe": recipe(training),
         "epochs": epochs,
         "cpu": cpu,
         "versions": dict(work.environment.versions),
@@ -143,10 +162,10 @@ def made(training: Training, out: Path, minutes: float) -> dict[str, Any]:
     Raises:
         ValueError: it has not finished.
     """
-    path = folder_of(training, out, minutes) / "done.json"
-    if not path.is_file():
+    found = _kept(folder_of(training, out, minutes) / "done.json", training)
+    if found is None:
         raise ValueError("not trained")
-    return dict(json.loads(path.read_text()))
+    return found
 
 
 def export(training: Training, runtime: str, out: Path, minutes: float) -> Path:

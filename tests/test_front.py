@@ -283,6 +283,9 @@ def test_a_peer_that_fails_stands_with_its_reason_and_the_rest_goes_on(
     assert ("Cu", "snap") not in trained and scored == ["Cu/deepmd/compressed"]
     snap = row_of(rows, "Cu/snap/lammps")
     assert front.stored(snap, tmp_path, 20.0) == {"failed": "not made"}
+    # and what was made with other settings
+    monkeypatch.setitem(snap.potential.settings, "suffix", ".other")
+    assert front.stored(snap, tmp_path, 5.0) == {"failed": "made with other settings"}
 
 
 def test_files_are_timed_in_turn_and_all_again_when_one_of_them_is_new(
@@ -291,7 +294,9 @@ def test_files_are_timed_in_turn_and_all_again_when_one_of_them_is_new(
     front, rows, evaluate = benchmark("front"), benchmark("front_rows"), benchmark("front_evaluate")
     hashes = {"Cu/snap/lammps": "a", "Cu/qsnap/lammps": "b"}
     for name in hashes:
-        front.write_json(front._path(row_of(rows, name), tmp_path, 5.0), result(50.0))
+        row = row_of(rows, name)
+        made = result(50.0, recipe=front.recipe((row.element, row.name)))
+        front.write_json(front._path(row, tmp_path, 5.0), made)
 
     class Subject:
         def __init__(self, row, *_):
@@ -346,7 +351,7 @@ def test_page_and_figure_have_ratios_of_medians_and_say_what_is_untrained(benchm
     page = written[0].read_text()
     lines = [line for line in page.splitlines() if line.startswith("| ")][1:]
     assert len(lines) == 3
-    assert "**local, 64 channels, HL-Gauss**" in lines[0] and "4.8 min, 30 epochs" in lines[0]
+    assert "**local, 64 channels, l = 3, HL-Gauss**" in lines[0] and "4.8 min, 30 epochs" in lines[0]
     assert "| 60 (50-90) | 0.50 | 300 | 1,234 |" in lines[0]
     assert "**" not in lines[1] and "| 120 (110-150) | 1.00 | 31 |" in lines[1]
     assert "| - | - | - | 2000 (2000-2000) | 16.67 | 900 | 9 | untrained |" in lines[2]
