@@ -124,9 +124,11 @@ def page(results: dict[str, Result]) -> str:
         *table(results),
         "",
     ]
-    lines += [f"- `{name}`: {result['about']}." for name, result in results.items()]
-    lines += ["", *sorted({one_line(result["made"]) for result in results.values()})]
-    return "\n".join(lines) + "\n"
+    for name, result in results.items():
+        made = result["made"]
+        lines.append(f"- `{name}`: {result['about']}; commit {made['commit']}.")
+    latest = max((result["made"] for result in results.values()), key=lambda made: made["date"])
+    return "\n".join([*lines, "", one_line(latest)]) + "\n"
 
 
 def main() -> None:

@@ -351,7 +351,9 @@ def test_page_and_figure_have_ratios_of_medians_and_say_what_is_untrained(benchm
     page = written[0].read_text()
     lines = [line for line in page.splitlines() if line.startswith("| ")][1:]
     assert len(lines) == 3
-    assert "**local, 64 channels, l = 3, HL-Gauss**" in lines[0] and "4.8 min, 30 epochs" in lines[0]
+    assert (
+        "**local, 64 channels, l = 3, HL-Gauss**" in lines[0] and "4.8 min, 30 epochs" in lines[0]
+    )
     assert "| 60 (50-90) | 0.50 | 300 | 1,234 |" in lines[0]
     assert "**" not in lines[1] and "| 120 (110-150) | 1.00 | 31 |" in lines[1]
     assert "| - | - | - | 2000 (2000-2000) | 16.67 | 900 | 9 | untrained |" in lines[2]
