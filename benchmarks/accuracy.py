@@ -117,9 +117,9 @@ def page(results: dict[str, Result]) -> str:
     lines = [
         "# Accuracy of the documented configurations",
         "",
-        "RMSE on test frames that nothing was chosen on, 95 % intervals from resampling frames; HL-"
-        "Gauss head, configurations in examples/accuracy. Energies of test frames that a training "
-        "frame equals in energy are left out.",
+        "RMSE on test frames, 95 % intervals from resampling frames; HL-Gauss head, configurations "
+        "in examples/accuracy. Energies of test frames that a training frame equals in energy are "
+        "left out.",
         "",
         *table(results),
         "",
