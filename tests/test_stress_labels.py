@@ -9,9 +9,10 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
-from lmp_hl.training.config import DataConfig
-from lmp_hl.training.frames import Frame, read_frames
+from lmp_hl.training.config import DataConfig, TrainConfig
+from lmp_hl.training.frames import Frame, Splits, read_frames
 from lmp_hl.training.stress_labels import stress_offset
+from lmp_hl.training.train import _check_stress
 
 # the trapezoidal rule is off by C strain^2 / 12, C = 6 eV/Å³ of third order, strain up to 0.04
 TOLERANCE = 8e-4
@@ -65,3 +66,18 @@ def test_frames_that_differ_otherwise_say_nothing(tmp_path: Path) -> None:
     write(tmp_path / "other.xyz", rattled, format="extxyz")
     other = read_frames(tmp_path / "other.xyz", DataConfig(train=(tmp_path / "other.xyz",)), "t")
     assert stress_offset([frames[0], *other]) is None
+
+
+def test_training_warns_with_the_number_that_puts_it_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "train.xyz"
+    for offset, said in ((0.0, f"data.stress_offset: {PULAY:.3f}"[:-1]), (PULAY, "")):
+        frames = strained(path, PULAY, offset)
+        splits = Splits(
+            elements=("Cu",), reference_energies={"Cu": 0.0}, train=frames, valid=frames, test={}
+        )
+        data = DataConfig(train=(path,), stress_offset=offset)
+        _check_stress(TrainConfig(name="cu", data=data, output_dir=tmp_path), splits)
+        printed = capsys.readouterr().out
+        assert said in printed if said else printed == ""

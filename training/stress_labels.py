@@ -57,7 +57,7 @@ def stress_offset(frames: Sequence[Frame]) -> StressOffset | None:
     groups: defaultdict[bytes, list[Frame]] = defaultdict(list)
     for frame in frames:
         if frame.stress is not None and frame.pbc.all():
-            groups[frame.numbers.tobytes()].append(frame)
+            groups[_arrangement(frame)].append(frame)
     pairs = [
         _mismatch(a, b)
         for members in groups.values()
@@ -81,6 +81,14 @@ def _rms(x: Array) -> float:
 
 def _fractional(frame: Frame) -> Array:
     return np.linalg.solve(frame.cell.T, frame.positions.T).T
+
+
+def _arrangement(frame: Frame) -> bytes:
+    """Elements and coarse places, which differ between frames of dynamics: those make no pairs."""
+    fractional = _fractional(frame)
+    # bins that no simple fraction lies at the edge of
+    bins = np.round(32 * (fractional - fractional[0]) + 0.37).astype(np.int64) % 32
+    return frame.numbers.tobytes() + bins.tobytes()
 
 
 def _gradient(a: Frame, b: Frame) -> Array:
