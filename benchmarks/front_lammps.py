@@ -33,7 +33,7 @@ write_dump all custom frame{k}.dump id fx fy fz modify sort id format float %.17
 
 VALUES = "$(pe:%.17g) " + " ".join(f"$(p{c}:%.17g)" for c in ("xx", "yy", "zz", "yz", "xz", "xy"))
 
-TIMING = """
+CRYSTAL = """
 units metal
 lattice {lattice} {constant}
 region box block 0 {cells[0]} 0 {cells[1]} 0 {cells[2]}
@@ -45,9 +45,14 @@ velocity all create 600 77
 fix nve all nve
 thermo 1000000
 run {warm}
+"""
+TIMING = (
+    CRYSTAL
+    + """
 timer timeout {seconds} every 1
 run 1000000
 """
+)
 
 
 def pair_lines(style: str, element: str) -> str:
@@ -131,12 +136,22 @@ def measure(
     )
     (folder / "in.timing").write_text(script)
     done = front_process.run([*words, "-in", "in.timing", "-log", "none"], folder, variables)
+    return times_of_runs(done.output, 2)[-1], done.peak
+
+
+def times_of_runs(output: str, number: int) -> list[float]:
+    """Processor time of every `run` of one rank, µs per atom and step.
+
+    Raises:
+        ValueError: not so many are in the output: LAMMPS failed.
+    """
     loops = re.findall(
-        r"^Loop time of (\S+) on 1 procs for (\d+) steps with (\d+) atoms", done.output, re.M
+        r"^Loop time of (\S+) on 1 procs for (\d+) steps with (\d+) atoms", output, re.M
     )
-    shares = re.findall(r"^(\S+)% CPU use with", done.output, re.M)
-    if len(loops) != 2 or len(shares) != 2:
-        raise ValueError(f"LAMMPS stopped: {front_process.reason_in(done.output)}")
-    took, steps, atoms = loops[-1]
-    cpu = float(took) * float(shares[-1]) / 100
-    return 1e6 * cpu / int(steps) / int(atoms), done.peak
+    shares = re.findall(r"^(\S+)% CPU use with", output, re.M)
+    if len(loops) != number or len(shares) != number:
+        raise ValueError(f"LAMMPS stopped: {front_process.reason_in(output)}")
+    return [
+        1e4 * float(took) * float(share) / int(steps) / int(atoms)
+        for (took, steps, atoms), share in zip(loops, shares, strict=True)
+    ]
