@@ -109,7 +109,8 @@ def page(element: str, times: dict[str, list[list[float]]], made: dict[str, obje
         cells = [name, spread(without), f"{statistics.median(without) / snap:.2f}", "-", "-"]
         if len(values[0]) == 2:
             ratios = [after / before for before, after in values]
-            interval = bootstrap((ratios,), np.median, rng=0).confidence_interval
+            found = bootstrap((ratios,), np.median, method="percentile", rng=0)
+            interval = found.confidence_interval
             cells[3] = spread([t[1] for t in values])
             cells[4] = f"{statistics.median(ratios):.3f} [{interval.low:.3f}, {interval.high:.3f}]"
         lines.append("| " + " | ".join(cells) + " |")

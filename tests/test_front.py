@@ -165,6 +165,28 @@ def test_a_command_that_fails_or_is_stopped_says_so(benchmark, tmp_path):
         run([sys.executable, "-S", "-c", code], tmp_path)
 
 
+def test_times_of_every_run_are_the_processors_per_atom_and_step(benchmark):
+    times_of_runs = benchmark("front_lammps").times_of_runs
+    loop = "Loop time of {} on 1 procs for {} steps with 500 atoms\n\n{}% CPU use with 1 MPI tasks"
+    output = "\n".join([loop.format(2.0, 10, 100.0), "hello", loop.format(4.0, 20, 50.0)])
+    np.testing.assert_allclose(times_of_runs(output, 2), [400.0, 200.0])
+    with pytest.raises(ValueError, match="LAMMPS stopped: ERROR: Lost atoms"):
+        times_of_runs(output + "\nERROR: Lost atoms\n", 3)
+
+
+def test_what_uncertainty_costs_is_the_median_of_the_pairs(benchmark):
+    page = benchmark("cost").page
+    snap = [benchmark("front_rows").POTENTIALS[name].about for name in ("snap", "qsnap")]
+    # the machine slows down meanwhile: medians of each say 30 % more, every pair says 10 %
+    pairs = [[t, 1.1 * t] for t in (50.0, 51.0, 52.0, 80.0, 81.0)]
+    times = {"hl.pt": pairs, snap[0]: [[104.0]] * 5, snap[1]: [[80.0]] * 5}
+    lines = page("Cu", times, benchmark("provenance").provenance()).splitlines()
+    row = next(line for line in lines if line.startswith("| hl.pt "))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:3] == ["52.0 (51.0-80.0)", "0.50"]
+    assert cells[4] == "1.100 [1.100, 1.100]"
+
+
 # errors -----------------------------------------------------------------------------------------
 def test_errors_leave_out_known_energies_and_missing_stresses(benchmark):
     errors = benchmark("front_evaluate").errors
