@@ -51,7 +51,8 @@ def row(run: Path, repeats: int) -> str:
     close = next(m for m in metrics if m["valid_forces_rmse"] <= CLOSE * final)
     loader = loading(run, repeats)
     cells = [
-        run.name, f"{len(metrics)}", f"{seconds[-1] / 60:.1f}", f"{max(0.0, seconds[0] - epoch):.0f}",
+        run.name, f"{len(metrics)}", f"{seconds[-1] / 60:.1f}",
+        f"{max(0.0, seconds[0] - epoch):.0f}",
         f"{epoch:.2f}", f"{loader:.3f} ({100 * loader / epoch:.1f} %)", f"{final:.1f}",
         f"{close['seconds'] / 60:.1f} ({close['epoch']:.0f})",
     ]  # fmt: skip
