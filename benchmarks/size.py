@@ -102,11 +102,12 @@ def main() -> None:
     found: dict[Key, list[dict[str, float]]] = {}
     for _ in range(args.repeats):
         for model in args.models:
+            name = "/".join(model.resolve().parts[-2:])
             for cells in args.cells:
                 for ranks in args.ranks:
                     one = measure(model.resolve(), args.element, cells, ranks, args.seconds)
-                    found.setdefault((model.name, cells, ranks), []).append(one)
-                    print(f"{model.name}, {one['atoms']} atoms, {ranks} ranks: {one['us']:.1f} µs",
+                    found.setdefault((name, cells, ranks), []).append(one)
+                    print(f"{name}, {one['atoms']} atoms, {ranks} ranks: {one['us']:.1f} µs",
                           flush=True)  # fmt: skip
     made = provenance()
     text = page(args.element, found, made)
