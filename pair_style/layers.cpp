@@ -2,6 +2,8 @@
 
 #include "layers.h"
 
+#include <tuple>
+
 namespace HLGauss {
 
 using Tensor = torch::Tensor;
@@ -16,6 +18,22 @@ bool out_of_memory(const std::string &text)
 
 }    // namespace
 
+/// Some centres of a stage, and what it reads (lmp_hl/stages.py) of them and their edges.
+struct Portion {
+  int64_t begin, end, first_edge, last_edge;
+  Tensor nodes;    // whose features are read, undefined: all of them
+  Tensors inputs;
+
+  /// Adds gradients of the features that were read to those of all nodes.
+  void add_to(const Tensor &of_nodes, const Tensor &gradients) const
+  {
+    if (nodes.defined())
+      of_nodes.index_add_(0, nodes, gradients);
+    else
+      of_nodes.add_(gradients);
+  }
+};
+
 /// Edges of one layer and what it needs of the nodes.
 struct Stage {
   int layer;
@@ -27,8 +45,8 @@ struct Stage {
 
   int64_t num_edges() const { return centers.size(0); }
 
-  /// Inputs (lmp_hl/stages.py) of the centres from `begin` to `end`, whose edges are given.
-  Tensors inputs(int64_t begin, int64_t end, int64_t first_edge, int64_t last_edge) const
+  /// The centres from `begin` to `end`, whose edges are given.
+  Portion portion(int64_t begin, int64_t end, int64_t first_edge, int64_t last_edge) const
   {
     // compiled code takes what it reads for contiguous and aligned: a later part is copied
     const auto part = [](const Tensor &x, int64_t from, int64_t to) {
@@ -36,15 +54,22 @@ struct Stage {
       return from > 0 ? rows.clone() : rows;
     };
     const auto edges = [&](const Tensor &x) { return part(x, first_edge, last_edge); };
-    Tensors all = {part(species, begin, end)};
-    if (layer == 0) all.push_back(species);
-    all.push_back(torch::stack({edges(centers) - begin, edges(neighbors)}));
-    all.push_back(edges(vectors));
-    if (layer > 0) {
-      all.push_back(part(features, begin, end));
-      all.push_back(features);
+    Portion out = {begin, end, first_edge, last_edge, Tensor(), {part(species, begin, end)}};
+    Tensor others = edges(neighbors), read = features;
+    // gradients are as many as features that are read: of all nodes they would cost more than the
+    // portion itself, and all portions together the square of the number of atoms
+    if (layer > 0 && end - begin < num_centers && last_edge > first_edge) {
+      std::tie(out.nodes, others, std::ignore) = at::_unique2(others, true, true);
+      read = features.index_select(0, out.nodes);
     }
-    return all;
+    if (layer == 0) out.inputs.push_back(species);
+    out.inputs.push_back(torch::stack({edges(centers) - begin, others}));
+    out.inputs.push_back(edges(vectors));
+    if (layer > 0) {
+      out.inputs.push_back(part(features, begin, end));
+      out.inputs.push_back(read);
+    }
+    return out;
   }
 };
 
@@ -68,8 +93,8 @@ double Layers::cost(int64_t num_centers, int64_t num_edges) const
   return bytes_per_atom * (double) num_centers + bytes_per_edge * (double) num_edges;
 }
 
-/// Calls evaluate(begin, end, first_edge, last_edge, inputs) for portions of a stage's centres
-/// that fit into the memory; when one does not, again with portions of half the size.
+/// Calls evaluate(portion) for portions of a stage's centres that fit into the memory; when one
+/// does not, again with portions of half the size.
 template <typename Evaluate>
 void Layers::in_portions(const Stage &stage, MemoryMeter &meter, const Evaluate &evaluate)
 {
@@ -89,7 +114,7 @@ void Layers::in_portions(const Stage &stage, MemoryMeter &meter, const Evaluate 
       stop = upto[end - 1];
     }
     try {
-      evaluate(begin, end, first, stop, stage.inputs(begin, end, first, stop));
+      evaluate(stage.portion(begin, end, first, stop));
     } catch (const std::exception &e) {
       if (!out_of_memory(e.what())) throw;
       TORCH_CHECK(end - begin > 1, "out of memory on ", about.device, " for a single atom with ",
@@ -138,10 +163,9 @@ LayerOutputs Layers::evaluate(const Edges &edges, bool with_fields, Exchange *ex
                       of_layer(edges.neighbors), of_layer(edges.vectors), features});
     if (t == last) break;
     features = torch::empty({edges.layer_nodes[t], about.num_features}, edges.vectors.options());
-    in_portions(stages[t], meter,
-                [&](int64_t begin, int64_t end, int64_t, int64_t, const Tensors &inputs) {
-                  features.slice(0, begin, end).copy_(runtime.layer(t, inputs).detach());
-                });
+    in_portions(stages[t], meter, [&](const Portion &part) {
+      features.slice(0, part.begin, part.end).copy_(runtime.layer(t, part.inputs).detach());
+    });
     if (exchange) features = exchanged(features, edges.species.size(0), *exchange);
   }
 
@@ -153,38 +177,35 @@ LayerOutputs Layers::evaluate(const Edges &edges, bool with_fields, Exchange *ex
   if (with_fields)
     out.on_edges = torch::empty({edges.layer_edges[last], num_shared}, edges.vectors.options());
   Tensor gradients = last > 0 ? torch::zeros_like(features) : Tensor();
-  in_portions(
-      stages[last], meter,
-      [&](int64_t begin, int64_t end, int64_t first, int64_t stop, const Tensors &inputs) {
-        const Tensors found = runtime.final(inputs, with_fields);
-        out.energies.slice(0, begin, end).copy_(found.at(0));
-        out.gradients.slice(0, first, stop).add_(found.at(1));
-        if (last > 0) {
-          gradients.slice(0, begin, end).add_(found.at(2));
-          gradients.add_(found.at(3));
-        }
-        if (!with_fields) return;
-        const Tensor &carried = found.at(found.size() - 2);
-        if (begin == 0)
-          out.carried = torch::empty({edges.layer_nodes[last], carried.size(1)}, carried.options());
-        out.carried.slice(0, begin, end).copy_(carried);
-        out.on_edges.slice(0, first, stop).copy_(found.back());
-      });
+  in_portions(stages[last], meter, [&](const Portion &part) {
+    const Tensors found = runtime.final(part.inputs, with_fields);
+    out.energies.slice(0, part.begin, part.end).copy_(found.at(0));
+    out.gradients.slice(0, part.first_edge, part.last_edge).add_(found.at(1));
+    if (last > 0) {
+      gradients.slice(0, part.begin, part.end).add_(found.at(2));
+      part.add_to(gradients, found.at(3));
+    }
+    if (!with_fields) return;
+    const Tensor &carried = found.at(found.size() - 2);
+    if (part.begin == 0)
+      out.carried = torch::empty({edges.layer_nodes[last], carried.size(1)}, carried.options());
+    out.carried.slice(0, part.begin, part.end).copy_(carried);
+    out.on_edges.slice(0, part.first_edge, part.last_edge).copy_(found.back());
+  });
 
   for (int t = last - 1; t >= 0; t--) {
     if (exchange) gradients = gathered(gradients, edges.layer_nodes[t], *exchange);
     Tensor before = t > 0 ? torch::zeros_like(stages[t].features) : Tensor();
-    in_portions(
-        stages[t], meter,
-        [&](int64_t begin, int64_t end, int64_t first, int64_t stop, const Tensors &inputs) {
-          const Tensor part = gradients.slice(0, begin, end);
-          const Tensors found = runtime.layer_vjp(t, inputs, begin > 0 ? part.clone() : part);
-          out.gradients.slice(0, first, stop).add_(found.at(0));
-          if (t > 0) {
-            before.slice(0, begin, end).add_(found.at(1));
-            before.add_(found.at(2));
-          }
-        });
+    in_portions(stages[t], meter, [&](const Portion &part) {
+      const Tensor wanted = gradients.slice(0, part.begin, part.end);
+      const Tensors found =
+          runtime.layer_vjp(t, part.inputs, part.begin > 0 ? wanted.clone() : wanted);
+      out.gradients.slice(0, part.first_edge, part.last_edge).add_(found.at(0));
+      if (t > 0) {
+        before.slice(0, part.begin, part.end).add_(found.at(1));
+        part.add_to(before, found.at(2));
+      }
+    });
     gradients = before;
   }
   return out;
