@@ -43,13 +43,16 @@ class Potential:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def _ours(preset: str, channels: int, l_max: int = 3, head: str = "hlgauss") -> Potential:
+def _ours(
+    preset: str, channels: int, l_max: int = 3, head: str = "hlgauss", **others: float
+) -> Potential:
     words = {"hlgauss": "HL-Gauss", "scalar": "scalar head (control)"}[head]
+    said = "".join(f", {key} {value:g}" for key, value in others.items())
     return Potential(
         "lmp-hl",
-        f"{preset}, {channels} channels, l = {l_max}, {words}",
+        f"{preset}, {channels} channels, l = {l_max}{said}, {words}",
         ("torchscript", "aoti"),
-        {"preset": preset, "channels": channels, "l_max": l_max, "head": head},
+        {"preset": preset, "channels": channels, "l_max": l_max, "head": head, **others},
     )
 
 
@@ -58,6 +61,7 @@ POTENTIALS: Final[dict[str, Potential]] = {
     "local-64": _ours("local", 64),
     "local-128": _ours("local", 128),
     "local-64-scalar": _ours("local", 64, head="scalar"),
+    "mp-8": _ours("mp", 8, l_max=2, cutoff=4.0, hidden=16, message_channels=4),
     "mp-16": _ours("mp", 16),
     "mp-32": _ours("mp", 32),
     "mp-64": _ours("mp", 64),

@@ -63,7 +63,7 @@ def true_covariances(method, atoms):
 def fitted():
     """Potential with both methods, its training and its validation atoms, what the fits said."""
     potential = with_methods(names=NAMES)
-    seen, held = (collect_atoms(potential, dataset(n, seed=k)) for k, n in enumerate((12, 24)))
+    seen, held = (collect_atoms(potential, dataset(n, seed=k)) for k, n in enumerate((12, 36)))
     first, *_ = methods = potential.uncertainty_methods()
     first.distance.fit(seen)
     first.distance.set_unit(held)
@@ -185,8 +185,8 @@ def test_loss_is_the_cross_entropy_with_hl_gauss_targets(fitted, name):
     potential, _, held, _ = fitted
     method = potential.methods[name]
     directions = method.training_directions(len(held.species))
-    assert directions.shape == (480, 6 if name == "spherical" else 3, 3)
-    triads = directions.reshape(480, -1, 3, 3)
+    assert directions.shape == (720, 6 if name == "spherical" else 3, 3)
+    triads = directions.reshape(720, -1, 3, 3)
     eye = torch.eye(3, dtype=torch.float64).expand_as(triads)
     torch.testing.assert_close(triads @ triads.transpose(2, 3), eye, rtol=1e-12, atol=1e-12)
 
@@ -254,7 +254,7 @@ def test_errors_beyond_the_support_are_counted(fitted, monkeypatch):
     errors[3] = 1e3
     (method,) = with_methods(names=("xyz",)).uncertainty_methods()
     said = method.fit(seen, held._replace(errors=errors))
-    assert said["xyz_outside"] == pytest.approx(3 / (3 * 480))
+    assert said["xyz_outside"] == pytest.approx(3 / (3 * 720))
 
 
 # in use -----------------------------------------------------------------------------------------

@@ -140,21 +140,54 @@ class SymmetricSquare(nn.Module):
         )
 
 
+def degree_of_components(l_max: int) -> Tensor:
+    """Degree of each of the (l_max + 1)^2 components."""
+    return torch.tensor([degree for degree in range(l_max + 1) for _ in range(2 * degree + 1)])
+
+
 class DegreeLinear(nn.Module):
     """A linear map of channels, one matrix per degree; components never mix, hence equivariant."""
 
+    degree_of: Tensor
+
     def __init__(self, l_max: int, num_in: int, num_out: int) -> None:
         super().__init__()
-        self.l_max = l_max
         self.weight = nn.Parameter(torch.randn(l_max + 1, num_in, num_out) / math.sqrt(num_in))
+        self.register_buffer("degree_of", degree_of_components(l_max), persistent=False)
 
     def forward(self, tensors: Tensor) -> Tensor:
         """((l_max + 1)^2, num_atoms, num_in) -> ((l_max + 1)^2, num_atoms, num_out)."""
-        out: list[Tensor] = []
-        for degree in range(self.l_max + 1):
+        return torch.bmm(tensors, self.weight.index_select(0, self.degree_of))
+
+
+class ScaledLinear(DegreeLinear):
+    """The same of tensors divided by their root mean square per degree and channel.
+
+    The scales are of the training data. They multiply the weights, not the tensors: a gradient then
+    leaves the matrix product as edges gather it, tens of times per atom.
+    """
+
+    rms: Tensor
+
+    def __init__(self, l_max: int, num_in: int, num_out: int) -> None:
+        super().__init__(l_max, num_in, num_out)
+        self.register_buffer("rms", torch.ones(l_max + 1, num_in))
+
+    def forward(self, tensors: Tensor) -> Tensor:
+        """((l_max + 1)^2, num_atoms, num_in) -> ((l_max + 1)^2, num_atoms, num_out)."""
+        weight = self.weight / self.rms.unsqueeze(2)
+        return torch.bmm(tensors, weight.index_select(0, self.degree_of))
+
+    def fit(self, tensors: Tensor) -> None:
+        """Take the root mean squares of `tensors`; a channel that is always zero keeps its."""
+        for degree in range(self.rms.shape[0]):
             block = tensors[degree * degree : (degree + 1) * (degree + 1)]
-            out.append(torch.matmul(block, self.weight[degree]))
-        return torch.cat(out, dim=0)
+            self.rms[degree].copy_(nonzero_scale(block.pow(2).mean((0, 1)).sqrt()))
+
+
+def nonzero_scale(scale: Tensor) -> Tensor:
+    """Scales to divide by: 1 where one is zero beside the largest."""
+    return torch.where(scale > 1e-6 * scale.max(), scale, torch.ones_like(scale))
 
 
 def degree_products(a: Tensor, b: Tensor, l_max: int) -> list[Tensor]:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import keys
-from .angular import DegreeLinear, SphericalHarmonics, SymmetricSquare, degree_products
+from .angular import (
+    DegreeLinear,
+    ScaledLinear,
+    SphericalHarmonics,
+    SymmetricSquare,
+    degree_of_components,
+    degree_products,
+    nonzero_scale,
+)
 from .radial import RadialBasis
 
 L_OUT = 2  # highest degree of the tensors that a layer makes; the force distribution needs 2
@@ -31,17 +39,24 @@ class Features(NamedTuple):
 
 
 class Standardize(nn.Module):
-    """x -> (x - mean) / std per feature, with statistics of the training data.
+    """x -> (x - mean) / std / 2^(order - 2) per feature, with statistics of the training data.
 
-    Invariants of two- to five-body order differ by orders of magnitude; without this the first
-    epochs go into finding scales.
+    Invariants of two- to five-body order differ by orders of magnitude; without the statistics the
+    first epochs go into finding scales. But sums over pairs, triplets, ... of neighbours are small
+    for a reason: they are the less smooth the higher their order. Taken as equals they fit the
+    training frames better and others worse, hence the factor.
+
+    Args:
+        orders: (number of features, their body order), in the order of the features.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, orders: list[tuple[int, int]]) -> None:
         super().__init__()
+        size = sum(number for number, _ in orders)
+        self.orders = orders
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
 
@@ -51,36 +66,9 @@ class Standardize(nn.Module):
 
     def fit(self, x: Tensor) -> None:
         """Take mean and standard deviation of x; a feature that never varies keeps its scale."""
+        factor = torch.cat([torch.full((number,), 2.0 ** (n - 2)) for number, n in self.orders])
         self.mean.copy_(x.mean(0))
-        self.std.copy_(_nonzero((x - self.mean).pow(2).mean(0).sqrt()))
-
-
-class DegreeScale(nn.Module):
-    """Divides tensors by their root mean square per degree and channel in the training data."""
-
-    rms: Tensor
-
-    def __init__(self, l_max: int, size: int) -> None:
-        super().__init__()
-        self.l_max = l_max
-        self.register_buffer("rms", torch.ones(l_max + 1, size))
-
-    def forward(self, tensors: Tensor) -> Tensor:
-        """((l_max + 1)^2, num_atoms, size) -> same shape; no shift, so equivariance stays."""
-        blocks: list[Tensor] = []
-        for degree in range(self.l_max + 1):
-            blocks.append(tensors[degree * degree : (degree + 1) * (degree + 1)] / self.rms[degree])
-        return torch.cat(blocks, dim=0)
-
-    def fit(self, tensors: Tensor) -> None:
-        """Take the root mean squares of `tensors`."""
-        for degree in range(self.l_max + 1):
-            block = tensors[degree * degree : (degree + 1) * (degree + 1)]
-            self.rms[degree].copy_(_nonzero(block.pow(2).mean((0, 1)).sqrt()))
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    return torch.where(scale > 1e-6 * scale.max(), scale, torch.ones_like(scale))
+        self.std.copy_(factor * nonzero_scale((x - self.mean).pow(2).mean(0).sqrt()))
 
 
 class ElementDensity(nn.Module):
@@ -94,8 +82,7 @@ class ElementDensity(nn.Module):
         super().__init__()
         self.num_elements = num_elements
         self.num_radial = num_radial
-        self.scale = DegreeScale(l_max, num_elements * num_radial)
-        self.mix = DegreeLinear(l_max, num_elements * num_radial, channels)
+        self.mix = ScaledLinear(l_max, num_elements * num_radial, channels)
         self.center_element = nn.Parameter(torch.ones(num_elements, channels))
 
     def forward(
@@ -116,7 +103,7 @@ class ElementDensity(nn.Module):
             device=terms.device,
         ).index_add(0, slots, terms)
         raw = total.reshape(num_centers, self.num_elements, num_components, self.num_radial)
-        density = self.mix(self.scale(raw.permute(2, 0, 1, 3).flatten(2)))
+        density = self.mix(raw.permute(2, 0, 1, 3).flatten(2))
         return density * self.center_element.index_select(0, center_species)
 
 
@@ -148,16 +135,12 @@ class MessageDensity(nn.Module):
         self.radial = nn.Linear(num_radial, self.num_weights * message_channels, bias=False)
         self.scalars = nn.Linear(num_scalars, message_channels)
         self.tensors = DegreeLinear(l_out, channels, message_channels)
-        self.scale = DegreeScale(l_max, message_channels)
-        self.mix = DegreeLinear(l_max, message_channels, channels)
+        self.mix = ScaledLinear(l_max, message_channels, channels)
         self.keep = DegreeLinear(l_out, channels, channels)
-        y, t = (
-            [degree for degree in range(top + 1) for _ in range(2 * degree + 1)]
-            for top in (l_max, l_out)
-        )
+        y, t = degree_of_components(l_max), degree_of_components(l_out)
         # of each component of Y, T and Y.T
-        index = [*y, *(l_max + 1 + k for k in t), *(l_max + 2 + l_out + k for k in t)]
-        self.register_buffer("weight_of", torch.tensor(index))
+        index = torch.cat([y, l_max + 1 + t, l_max + 2 + l_out + t])
+        self.register_buffer("weight_of", index)
 
     def forward(
         self,
@@ -186,7 +169,7 @@ class MessageDensity(nn.Module):
             (num_centers, num_all * self.channels), dtype=radial.dtype, device=radial.device
         ).index_add(0, edge_index[0], torch.cat(parts, dim=1).flatten(1))
         raw = raw.reshape(num_centers, num_all, self.channels).transpose(0, 1)
-        density, kept = self.mix(self.scale(raw)), self.keep(centers.tensors)
+        density, kept = self.mix(raw), self.keep(centers.tensors)
         return torch.cat([density[:n] + kept, density[n:]], dim=0)
 
 
@@ -204,8 +187,11 @@ class ManyBody(nn.Module):
             nn.Parameter(torch.randn(n, channels, channels) / math.sqrt(n * channels))
             for n in self.square.paths
         )
-        num_invariants = (1 + self.square.paths[0] + 2 * (l_out + 1)) * channels
-        self.standardize = Standardize(num_invariants)
+        # A_0, B_0, A.T and T.T, by the highest order in them
+        each = [(1, 2), (self.square.paths[0], 3), (l_out + 1, 4), (l_out + 1, 5)]
+        orders = [(number * channels, order) for number, order in each]
+        num_invariants = sum(number for number, _ in orders)
+        self.standardize = Standardize(orders)
         self.linear = nn.Linear(num_invariants, num_scalars)
         self.hidden = nn.Linear(num_invariants, num_scalars)
         self.hidden_element = nn.Embedding(num_elements, num_scalars)
@@ -386,11 +372,11 @@ class Backbone(nn.Module):
 
 
 def fit_scales(backbone: Backbone, inputs: dict[str, Tensor]) -> None:
-    """Set every Standardize and DegreeScale from one batch of training data, first layer first."""
+    """Set every Standardize and ScaledLinear from one batch of training data, first layer first."""
     hooks = [
         module.register_forward_pre_hook(lambda module, args: module.fit(args[0]))
         for module in backbone.modules()
-        if isinstance(module, Standardize | DegreeScale)
+        if isinstance(module, Standardize | ScaledLinear)
     ]
     try:
         with torch.no_grad():
