@@ -14,7 +14,6 @@ import time
 
 import numpy as np
 import torch
-from ase.io import read
 
 WARM_CALLS = 3
 LEAST_CALLS = 3
@@ -57,10 +56,10 @@ class Allegro:
         return lambda: self.calculator.call_model(dict(graph))
 
 
-def predict(model, source, target):
+def predict(model, frames, target):
     """Energy, forces and stress (ASE's sign) of every frame, the atoms in one long array."""
     energies, forces, stresses = [], [], []
-    for atoms in read(source, ":"):
+    for atoms in frames:
         atoms.calc = model.calculator
         energies.append(atoms.get_potential_energy())
         forces.append(atoms.get_forces())
@@ -68,9 +67,8 @@ def predict(model, source, target):
     np.savez(target, energy=energies, forces=np.concatenate(forces), stress=stresses)
 
 
-def measure(model, source, seconds):
+def measure(model, atoms, seconds):
     """µs of processor time per atom and step."""
-    atoms = read(source)
     step = model.step(atoms)
     for _ in range(WARM_CALLS):
         step()
@@ -116,11 +114,13 @@ def main():
     if task == "count":
         print(json.dumps(count(maker, path)))
         return
-    model = {"mace": Mace, "allegro": Allegro}[maker](path)
+    from ase.io import read  # of DeePMD-kit, which only counts here, it is no dependency
+
+    model, frames = {"mace": Mace, "allegro": Allegro}[maker](path), read(rest[0], ":")
     if task == "predict":
-        predict(model, *rest)
+        predict(model, frames, rest[1])
     else:
-        print(json.dumps(measure(model, rest[0], float(rest[1]))))
+        print(json.dumps(measure(model, frames[0], float(rest[1]))))
 
 
 if __name__ == "__main__":

@@ -151,6 +151,8 @@ def times_of_runs(output: str, number: int) -> list[float]:
     shares = re.findall(r"^(\S+)% CPU use with", output, re.M)
     if len(loops) != number or len(shares) != number:
         raise ValueError(f"LAMMPS stopped: {front_process.reason_in(output)}")
+    if any(int(atoms) == 0 for _, _, atoms in loops):
+        raise ValueError("all atoms were lost: the potential does not hold the crystal together")
     return [
         1e4 * float(took) * float(share) / int(steps) / int(atoms)
         for (took, steps, atoms), share in zip(loops, shares, strict=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 MINUTES: Final = 20.0  # of one core, for every training
-CUTOFF: Final = 5.0  # Å, of everything that is trained here
+CUTOFF: Final = 5.0  # Å, of everything that is trained here and names no other
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def _ours(
     preset: str, channels: int, l_max: int = 3, head: str = "hlgauss", **others: float
 ) -> Potential:
     words = {"hlgauss": "HL-Gauss", "scalar": "scalar head (control)"}[head]
-    said = "".join(f", {key} {value:g}" for key, value in others.items())
+    said = "".join(f", {key} = {value:g}" for key, value in others.items())
     return Potential(
         "lmp-hl",
         f"{preset}, {channels} channels, l = {l_max}{said}, {words}",
@@ -61,7 +61,7 @@ POTENTIALS: Final[dict[str, Potential]] = {
     "local-64": _ours("local", 64),
     "local-128": _ours("local", 128),
     "local-64-scalar": _ours("local", 64, head="scalar"),
-    "mp-8": _ours("mp", 8, l_max=2, cutoff=4.0, hidden=16, message_channels=4),
+    "mp-8": _ours("mp", 8, l_max=2, cutoff=3.5, hidden=16, message_channels=2, num_bins=64),
     "mp-16": _ours("mp", 16),
     "mp-32": _ours("mp", 32),
     "mp-64": _ours("mp", 64),

@@ -158,8 +158,9 @@ def page(element: str, found: Mapping[Row, Result], timings: Result, minutes: fl
         "list and integration. MiB: peak of the process that was timed. Bold: no other row is "
         "both faster and more accurate in forces.",
         "",
-        f"Trained {budget}; one seed, float32, 5 Å. SNAP and quadratic SNAP are as published, "
-        "trained by their authors on these training frames, with cutoffs of their own.",
+        f"Trained {budget}; one seed, float32, 5 Å where the table names no other cutoff. SNAP and "
+        "quadratic SNAP are as published, trained by their authors on these training frames, with "
+        "cutoffs of their own.",
         "",
         *table(found, timings),
     ]

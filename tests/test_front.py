@@ -172,6 +172,8 @@ def test_times_of_every_run_are_the_processors_per_atom_and_step(benchmark):
     np.testing.assert_allclose(times_of_runs(output, 2), [400.0, 200.0])
     with pytest.raises(ValueError, match="LAMMPS stopped: ERROR: Lost atoms"):
         times_of_runs(output + "\nERROR: Lost atoms\n", 3)
+    with pytest.raises(ValueError, match="all atoms were lost"):
+        times_of_runs(output.replace("with 500", "with 0"), 2)
 
 
 def test_what_uncertainty_costs_is_the_median_of_the_pairs(benchmark):

@@ -88,6 +88,7 @@ class SymmetricSquare(nn.Module):
                         a, b = sorted((l1 * l1 + m1, l2 * l2 + m2))
                         row[(a, b)] = row.get((a, b), 0.0) + float(cg[m1, m2, m3])
                     rows.append(row)
+        self.sizes = [num_paths * (2 * degree + 1) for degree, num_paths in enumerate(self.paths)]
         used = sorted({pair for row in rows for pair in row})
         matrix = torch.zeros(len(rows), len(used))
         for i, row in enumerate(rows):
@@ -105,11 +106,8 @@ class SymmetricSquare(nn.Module):
             flat = self._dense(tensors)
         n, c = tensors.shape[1], tensors.shape[2]
         out: list[Tensor] = []
-        start = 0
-        for degree, num_paths in enumerate(self.paths):
-            size = num_paths * (2 * degree + 1)
-            out.append(flat[start : start + size].reshape(num_paths, 2 * degree + 1, n, c))
-            start += size
+        for degree, block in enumerate(flat.split(self.sizes)):
+            out.append(block.reshape(self.paths[degree], 2 * degree + 1, n, c))
         return out
 
     def unroll(self) -> None:
@@ -192,9 +190,7 @@ def nonzero_scale(scale: Tensor) -> Tensor:
 
 def degree_products(a: Tensor, b: Tensor, l_max: int) -> list[Tensor]:
     """Invariant products sum_m a_lm b_lm / sqrt(2l + 1), one (num_atoms, channels) per degree."""
-    product = a * b
     out: list[Tensor] = []
-    for degree in range(l_max + 1):
-        block = product[degree * degree : (degree + 1) * (degree + 1)]
+    for degree, block in enumerate((a * b).split([2 * d + 1 for d in range(l_max + 1)])):
         out.append(block.sum(0) / math.sqrt(2 * degree + 1))
     return out

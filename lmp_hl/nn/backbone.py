@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from .. import keys
 from .angular import (
@@ -152,25 +153,24 @@ class MessageDensity(nn.Module):
     ) -> Tensor:
         """Features of centres and neighbours -> density ((l_max + 1)^2, num_centers, channels)."""
         num_centers, num_all, n = centers.scalars.shape[0], angular.shape[1], self.num_tensors
-        weights = self.radial(radial).reshape(radial.shape[0], self.num_weights, self.channels)
-        weights = weights.index_select(1, self.weight_of)
+        # the weights of a degree are repeated for its components here, not for every edge
+        weight = self.radial.weight.reshape(self.num_weights, -1).index_select(0, self.weight_of)
+        weights = torch.matmul(radial, weight.reshape(-1, radial.shape[1]).t())
+        weights = weights.reshape(radial.shape[0], num_all + 2 * n, self.channels)
+        of_spread, of_carried, of_inner = weights.split([num_all, n, n], dim=1)
         s_j = self.scalars(features.scalars).index_select(0, edge_index[1]).unsqueeze(1)
         t_j = self.tensors(features.tensors).transpose(0, 1).index_select(0, edge_index[1])
         y = angular.unsqueeze(2)
-        spread = weights[:, :num_all] * y * s_j  # (num_edges, components, channels)
-        carried = weights[:, num_all : num_all + n] * t_j
-        inner = (weights[:, num_all + n :] * y[:, :n] * t_j).sum(1, keepdim=True)
-        parts = [
-            spread[:, :1] + carried[:, :1] + inner,
-            spread[:, 1:n] + carried[:, 1:],
-            spread[:, n:],
-        ]
+        terms = of_spread * y * s_j  # (num_edges, components, channels)
+        inner = (of_inner * y[:, :n] * t_j).sum(1, keepdim=True)
+        # padded, not cut and joined: the gradient of a cut is one more pass over all terms
+        terms = terms + pad(of_carried * t_j, [0, 0, 0, num_all - n])
+        terms = terms + pad(inner, [0, 0, 0, num_all - 1])
         raw = torch.zeros(
             (num_centers, num_all * self.channels), dtype=radial.dtype, device=radial.device
-        ).index_add(0, edge_index[0], torch.cat(parts, dim=1).flatten(1))
+        ).index_add(0, edge_index[0], terms.flatten(1))
         raw = raw.reshape(num_centers, num_all, self.channels).transpose(0, 1)
-        density, kept = self.mix(raw), self.keep(centers.tensors)
-        return torch.cat([density[:n] + kept, density[n:]], dim=0)
+        return self.mix(raw) + pad(self.keep(centers.tensors), [0, 0, 0, 0, 0, num_all - n])
 
 
 class ManyBody(nn.Module):
@@ -201,17 +201,14 @@ class ManyBody(nn.Module):
         """((l_max + 1)^2, n, channels) and (n,) species -> Features of these n atoms."""
         squares = self.square(density)
         low = density[: (self.l_out + 1) * (self.l_out + 1)]
-        mixed_density = self.mix_density(low)
         blocks: list[Tensor] = []
         for degree, weight in enumerate(self.mix_square):
-            block = mixed_density[degree * degree : (degree + 1) * (degree + 1)]
-            for path in range(weight.shape[0]):
-                block = block + torch.matmul(squares[degree][path], weight[path])
-            blocks.append(block)
-        mixed = torch.cat(blocks, dim=0)
-        invariants = [density[0]]
-        for path in range(squares[0].shape[0]):
-            invariants.append(squares[0][path, 0])
+            # (2l + 1, n, paths * channels): all paths in one product
+            block = squares[degree].permute(1, 2, 0, 3).flatten(2)
+            blocks.append(torch.matmul(block, weight.flatten(0, 1)))
+        mixed = self.mix_density(low) + torch.cat(blocks, dim=0)
+        # A_0, B_0 of every path, A.T and T.T of every degree
+        invariants = [density[0], squares[0].squeeze(1).transpose(0, 1).flatten(1)]
         invariants += degree_products(low, mixed, self.l_out)
         invariants += degree_products(mixed, mixed, self.l_out)
         x = self.standardize(torch.cat(invariants, dim=1))
