@@ -13,8 +13,8 @@ from scipy.stats import multivariate_normal
 
 from lmp_hl import histogram, keys
 from lmp_hl.graph import graph_inputs
-from lmp_hl.nn.angular import SymmetricSquare
-from lmp_hl.nn.backbone import Backbone, Features
+from lmp_hl.nn.angular import DegreeLinear, ScaledLinear, SymmetricSquare
+from lmp_hl.nn.backbone import Backbone, Features, Standardize
 from lmp_hl.nn.heads import AtomicEnergy, invariants
 from lmp_hl.potential import Potential, edge_forces
 from lmp_hl.training import frames as fr
@@ -137,6 +137,28 @@ def test_products_one_by_one_are_those_of_the_matrix(l_max):
     assert square.unrolled == (l_max > 2)
     for dense, single in zip(*found, strict=True):
         torch.testing.assert_close(single, dense, rtol=1e-12, atol=1e-12)
+
+
+def test_scaled_linear_is_the_linear_map_of_tensors_of_unit_size():
+    scaled, plain = ScaledLinear(2, 4, 3).double(), DegreeLinear(2, 4, 3).double()
+    plain.weight.data = scaled.weight.data
+    tensors = torch.randn(9, 50, 4, dtype=torch.float64) * torch.tensor([1e-3, 1.0, 30.0, 0.0])
+    scaled.fit(tensors)
+    unit = []
+    for first, last in ((0, 1), (1, 4), (4, 9)):
+        block = tensors[first:last]
+        rms = block.square().mean((0, 1)).sqrt()
+        unit.append(block / torch.where(rms > 0, rms, 1.0))  # what is always zero has no size
+    torch.testing.assert_close(scaled(tensors), plain(torch.cat(unit)), rtol=1e-12, atol=1e-12)
+
+
+def test_invariants_have_the_weight_of_their_order():
+    standardize = Standardize([(2, 2), (1, 3), (2, 5)]).double()
+    x = 7.0 + torch.randn(200, 5, dtype=torch.float64) * torch.tensor([1.0, 1e-3, 5.0, 1e2, 2.0])
+    standardize.fit(x)
+    y = standardize(x)
+    np.testing.assert_allclose(y.mean(0), 0.0, atol=1e-12)
+    np.testing.assert_allclose(y.std(0, correction=0), [1, 1, 1 / 2, 1 / 8, 1 / 8], rtol=1e-12)
 
 
 @cases(SOME)
