@@ -96,13 +96,12 @@ class ElementDensity(nn.Module):
     ) -> Tensor:
         """Edges of the centres -> density ((l_max + 1)^2, num_centers, channels)."""
         num_centers, num_components = center_species.shape[0], angular.shape[1]
-        terms = (angular.unsqueeze(2) * radial.unsqueeze(1)).flatten(1)
         slots = edge_index[0] * self.num_elements + species.index_select(0, edge_index[1])
         total = torch.zeros(
-            (num_centers * self.num_elements, num_components * self.num_radial),
-            dtype=terms.dtype,
-            device=terms.device,
-        ).index_add(0, slots, terms)
+            (num_centers * self.num_elements, num_components, self.num_radial),
+            dtype=radial.dtype,
+            device=radial.device,
+        ).index_add(0, slots, angular.unsqueeze(2) * radial.unsqueeze(1))
         raw = total.reshape(num_centers, self.num_elements, num_components, self.num_radial)
         density = self.mix(raw.permute(2, 0, 1, 3).flatten(2))
         return density * self.center_element.index_select(0, center_species)
@@ -167,10 +166,10 @@ class MessageDensity(nn.Module):
         terms = terms + pad(of_carried * t_j, [0, 0, 0, num_all - n])
         terms = terms + pad(inner, [0, 0, 0, num_all - 1])
         raw = torch.zeros(
-            (num_centers, num_all * self.channels), dtype=radial.dtype, device=radial.device
-        ).index_add(0, edge_index[0], terms.flatten(1))
-        raw = raw.reshape(num_centers, num_all, self.channels).transpose(0, 1)
-        return self.mix(raw) + pad(self.keep(centers.tensors), [0, 0, 0, 0, 0, num_all - n])
+            (num_centers, num_all, self.channels), dtype=radial.dtype, device=radial.device
+        ).index_add(0, edge_index[0], terms)
+        kept = pad(self.keep(centers.tensors), [0, 0, 0, 0, 0, num_all - n])
+        return self.mix(raw.transpose(0, 1)) + kept
 
 
 class ManyBody(nn.Module):
