@@ -43,9 +43,9 @@ class Standardize(nn.Module):
     """x -> (x - mean) / std / 2^(order - 2) per feature, with statistics of the training data.
 
     Invariants of two- to five-body order differ by orders of magnitude; without the statistics the
-    first epochs go into finding scales. But sums over pairs, triplets, ... of neighbours are small
-    for a reason: they are the less smooth the higher their order. Taken as equals they fit the
-    training frames better and others worse, hence the factor.
+    first epochs go into finding scales. But products of more neighbours vary faster and carry less
+    of the energy; taken as equals they make forces on other frames a tenth worse (acetylacetone,
+    120 epochs: 13.3 instead of 12.2 meV/Å), hence the factor. 4 instead of 2 is no better.
 
     Args:
         orders: (number of features, their body order), in the order of the features.
