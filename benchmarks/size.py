@@ -66,6 +66,7 @@ def page(element: str, found: dict[Key, list[dict[str, float]]], made: dict[str,
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
     ]
+    memory = []
     for model in dict.fromkeys(key[0] for key in found):
         sizes = sorted({key[1] for key in found if key[0] == model})
         times = {
@@ -84,8 +85,8 @@ def page(element: str, found: dict[Key, list[dict[str, float]]], made: dict[str,
         if len(sizes) > 1:
             a, b = sizes[-2:]
             each = 2**20 * (peak[b] - peak[a]) / (count[b] - count[a])
-            lines += ["", f"`{model}`: {each / 1000:.1f} kB of memory an atom.", ""]
-    return "\n".join([*lines, one_line(made)]) + "\n"
+            memory += ["", f"`{model}`: {each / 1000:.1f} kB of memory an atom."]
+    return "\n".join([*lines, *memory, "", one_line(made)]) + "\n"
 
 
 def main() -> None:
