@@ -151,7 +151,7 @@ def runs(network_folder):
 @pytest.mark.parametrize("name", CASES)
 def test_last_step_equals_python_after(runs, name, model):
     frame = check(runs, f"{model}.{name}", model)
-    assert np.abs(frame["fx"]).max() > 0.1
+    assert np.abs(frame["fx"]).max() > 0.05
     before = STRUCTURES[CASES[name][0]]
     if name not in ("lost", "gcmc"):
         moved = frame.positions - before.positions
@@ -183,7 +183,7 @@ def test_barostat_conserves_its_energy(runs, name, model):
     work = abs(pressure * (new_volume - volume))
     # what is left is the error of the time step, of second order; aniso and tri only, because
     # LAMMPS's iso changes this number at any time step, with lj/cut too
-    assert work > 0.1
+    assert work > 0.03
     assert abs(final - first) < 0.01 * work
 
 
