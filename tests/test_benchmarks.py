@@ -297,20 +297,23 @@ def test_a_form_leads_by_what_its_likelihood_is_better(benchmark, frozen, monkey
     script = benchmark("uncertainty_form")
     _, network = frozen
     sizes, forms = script.sizes, script.FORMS
+    other = next(f for n, f in forms.items() if n not in ("default", "own"))
     chosen = {"default": forms["default"], "same": forms["default"], "wrong": forms["own"]}
+    chosen["worse"] = other
 
-    def thousandfold(form, network):
-        found = sizes(forms["default"], network)
-        return {n: std * 1000 for n, std in found.items()} if form is forms["own"] else found
+    def too_wide(form, network):
+        factor = 1e3 if form is forms["own"] else 1e4 if form is other else 1.0
+        return {n: std * factor for n, std in sizes(forms["default"], network).items()}
 
-    monkeypatch.setattr(script, "sizes", thousandfold)
+    monkeypatch.setattr(script, "sizes", too_wide)
     found = script.score(network, chosen)
     leads = script.leads({"set/0": found, "set/1": found, "other/0": found})
     assert leads["same"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    # ln 1000 for the width, less what e^2 / 2 s^2 was: 1/2 where the size is right, 2 where it is
-    # half of that, as it may be for a network that was not trained
-    assert leads["wrong"]["high"] < -4.9
-    assert leads["wrong"]["value"] == pytest.approx(-np.log(1000) + 0.5, abs=1.5)
+    # where e^2 / 2 s^2 is nothing any more only ln s counts
+    step = leads["worse"]["value"] - leads["wrong"]["value"]
+    assert step == pytest.approx(-np.log(10), abs=1e-4)
+    # ln 1000, less what e^2 / 2 s^2 was: 1/2 where the size is right, more where it is too small
+    assert -np.log(1000) < leads["wrong"]["value"] < leads["wrong"]["high"] < -4.9
 
 
 def test_noise_on_labels_has_its_size_and_leaves_the_structures(benchmark, tmp_path):
