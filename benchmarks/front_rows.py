@@ -62,10 +62,10 @@ POTENTIALS: Final[dict[str, Potential]] = {
     "local-128": _ours("local", 128),
     "local-64-scalar": _ours("local", 64, head="scalar"),
     "mp-8": _ours("mp", 8, l_max=2, cutoff=3.5, hidden=16, message_channels=2, num_bins=64),
-    "mp-16": _ours("mp", 16),
-    "mp-32": _ours("mp", 32),
-    "mp-64": _ours("mp", 64),
-    "mp-32-scalar": _ours("mp", 32, head="scalar"),
+    "mp-16": _ours("mp", 16, cutoff=3.5),
+    "mp-32": _ours("mp", 32, cutoff=3.5),
+    "mp-32-scalar": _ours("mp", 32, head="scalar", cutoff=3.5),
+    "mp-32-wide": _ours("mp", 32),
     "snap": Potential("lammps", "SNAP of Zuo et al. 2020, as published", ("lammps",)),
     "qsnap": Potential(
         "lammps", "quadratic SNAP of the same", ("lammps",), {"suffix": ".quadratic"}
