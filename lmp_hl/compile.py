@@ -184,6 +184,7 @@ def _compile_stages(
 
 def _compile(parts: stages.Stages, name: str, device: str, cpu_isa: str, folder: Path) -> list[str]:
     """Files of the compiled stage."""
+    from torch._functorch.compile_utils import fx_graph_cse
     from torch.fx.experimental.proxy_tensor import make_fx
 
     inputs, shapes = _example(parts, name, device)
@@ -193,6 +194,8 @@ def _compile(parts: stages.Stages, name: str, device: str, cpu_isa: str, folder:
     # torch.export cannot trace autograd, but it can trace the operations that autograd recorded
     function = _function(parts, name)
     traced = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
+    # what gradients and uncertainty both want is computed once
+    traced.graph = fx_graph_cse(traced.graph)
     program = torch.export.export(traced, inputs, dynamic_shapes=shapes)
     options = {
         "aot_inductor.package": True,

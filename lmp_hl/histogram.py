@@ -158,8 +158,14 @@ def entropy(probs: Tensor) -> Tensor:
 
 
 def entropy_of_logits(logits: Tensor) -> Tensor:
-    """entropy(softmax(logits)), nats, without a logarithm per bin; (..., num_bins) -> (...,)."""
-    return -(torch.softmax(logits, -1) * torch.log_softmax(logits, -1)).sum(-1)
+    """entropy(softmax(logits)), nats, without a logarithm per bin; (..., num_bins) -> (...,).
+
+    log Z - sum_k p_k (z_k - max z) with Z = 1 / max p, both terms >= 0, so that nothing cancels;
+    the softmax is all that is dear, and whoever compiles this has it from the energy.
+    """
+    probs = torch.softmax(logits, -1)
+    below = logits - logits.amax(-1, keepdim=True)
+    return -torch.log(probs.amax(-1)) - (probs * below).sum(-1)
 
 
 def differential_entropy(probs: Tensor, edges: Tensor) -> Tensor:

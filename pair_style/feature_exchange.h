@@ -27,15 +27,14 @@ public:
     pair = p;
     atom_of_node = &atoms;
     num_owned = owned;
-    slots.assign(local * SLICE, 0.0);
+    num_local = local;
   }
 
   void forward(double *values, int width) override
   {
     const double start = platform::walltime();
     for (int begin = 0; begin < width; begin += SLICE) {
-      slice = std::min(SLICE, width - begin);
-      std::fill(slots.begin(), slots.end(), 0.0);
+      open_slots(std::min(SLICE, width - begin));
       for (size_t node = 0; node < num_owned; node++)
         std::copy_n(values + node * width + begin, slice, slot((*atom_of_node)[node]));
       comm->forward_comm(pair, slice);
@@ -49,8 +48,7 @@ public:
   {
     const double start = platform::walltime();
     for (int begin = 0; begin < width; begin += SLICE) {
-      slice = std::min(SLICE, width - begin);
-      std::fill(slots.begin(), slots.end(), 0.0);
+      open_slots(std::min(SLICE, width - begin));
       for (size_t node = 0; node < atom_of_node->size(); node++)
         std::copy_n(values + node * width + begin, slice, slot((*atom_of_node)[node]));
       comm->reverse_comm(pair, slice);
@@ -83,12 +81,18 @@ public:
   double seconds = 0.0;    // spent here
 
 private:
+  /// Zeros of this width for every local atom.
+  void open_slots(int width)
+  {
+    slice = width;
+    slots.assign(num_local * slice, 0.0);
+  }
   double *slot(int i) { return slots.data() + (size_t) i * slice; }
 
   Comm *comm = nullptr;
   Pair *pair = nullptr;
   const std::vector<int> *atom_of_node = nullptr;
-  size_t num_owned = 0;
+  size_t num_owned = 0, num_local = 0;
   int slice = 0;
   std::vector<double> slots;    // (local atoms, slice)
 };

@@ -255,10 +255,13 @@ private:
     const auto zeros = [&](int64_t width) { return torch::zeros({num_nodes, width}, g.options()); };
     Download down;
     down.add(found.energies.mean(1), result.energy);
-    down.add(on_nodes(g, centers, neighbors, num_nodes), result.forces);
-    // of one edge r and g need not be parallel, the sum is symmetric
+    const Tensor forces = on_nodes(g, centers, neighbors, num_nodes);
+    down.add(forces, result.forces);
+    // the sum over edges of -r_e g_e is one over nodes, which are fewer, of x_i F_i; it is
+    // symmetric, though of one edge r and g need not be parallel. Not a matrix product: LAMMPS
+    // has a dgemm of its own that is found before that of torch and is slower
     std::vector<double> w(9, 0.0);
-    if (request.virial) down.add(-torch::matmul(r.t(), g), w);
+    if (request.virial) down.add((positions.unsqueeze(2) * forces.unsqueeze(1)).sum(0), w);
     if (request.atom_virials || request.centroid_virials) {
       const Tensor of_edges = -(r.unsqueeze(2) * g.unsqueeze(1)).flatten(1);
       const auto order = [&](const std::vector<int64_t> &columns) {

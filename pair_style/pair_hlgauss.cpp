@@ -536,7 +536,8 @@ void PairHLGauss::evaluate()
     for (size_t k = 0; k < fields().size(); k++) {
       const bool energy_like = model->info().field_units[k].rfind("eV", 0) == 0;
       const double unit = energy_like ? energy_unit : 1.0;
-      field_values[k].assign(size, 0.0);
+      field_values[k].resize(size);
+      std::fill_n(field_values[k].begin(), atom->nlocal, 0.0);    // of types without an element
       for (size_t node = 0; node < num_owned; node++)
         field_values[k][nodes.atoms[node]] = unit * result.fields[k][node];
     }

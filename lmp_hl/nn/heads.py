@@ -175,7 +175,7 @@ class HistogramEnergy(EnergyHead):
         shape = 3.0 * torch.tanh(self.delta(scalars) / 3.0)
         logits = shape - self.offsets.pow(2) / (2.0 * tau2)
         width = self.bin_width.to(anchor.dtype)
-        mean = histogram.expectation(torch.softmax(logits, dim=1), self.offsets)
+        mean = histogram.expectation(torch.softmax(logits, -1), self.offsets)
         tau2 = tau2.squeeze(1) * width.square()
         return AtomicEnergy(anchor + width * mean, anchor, logits, tau2, hidden)
 

@@ -160,7 +160,7 @@ class CommitteeEnergy(EnergyHead):
     def deviations(self, energy: AtomicEnergy, species: Tensor) -> Tensor:
         """(num_atoms, num_members): members' energies from their mean, in the common gauge, eV."""
         width = self.bin_width.to(energy.anchor.dtype)
-        mean = histogram.expectation(torch.softmax(energy.logits, 2), self._offsets(energy.logits))
+        mean = histogram.expectation(torch.softmax(energy.logits, -1), self._offsets(energy.logits))
         means = energy.anchor + width * mean - self.centers.index_select(0, species)
         return means - means.mean(1, keepdim=True)
 
@@ -179,7 +179,7 @@ class CommitteeEnergy(EnergyHead):
         upper = shift - lower  # share of a bin's mass that goes to the upper of the two
         k = torch.arange(self.num_bins, device=shift.device)
         index = lower.long() + k
-        probs = torch.softmax(energy.logits, 2)
+        probs = torch.softmax(energy.logits, -1)
         last = self.num_bins - 1
         out = torch.zeros_like(probs)
         out = out.scatter_add(2, index.clamp(0, last), probs * (1.0 - upper))

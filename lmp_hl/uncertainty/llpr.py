@@ -125,7 +125,7 @@ class LastLayerRigidity(Method):
         return torch.cat(rows, dim=1)
 
     def _projected(self, inputs: Tensor, energy: AtomicEnergy) -> Tensor:
-        probs = torch.softmax(energy.logits, 1)
+        probs = torch.softmax(energy.logits, -1)
         centred = self.offsets - (probs @ self.offsets).unsqueeze(1)
         last = self.project_scalars.shape[0] - 1
         scalars = inputs[:, :last] @ self.project_scalars[:last] + self.project_scalars[last]
