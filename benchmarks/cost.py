@@ -3,9 +3,10 @@
     python benchmarks/cost.py --element Cu local/hl.pt local/hl.pt2 mp/hl.pt mp/hl.pt2
 
 The crystal of front_rows.py (864 Cu atoms, say) at 300 K, one MPI rank, one thread. A process runs
-a few steps without uncertainty and a few with it, in turn: the two of a pair meet the same machine,
-and what uncertainty costs is the median of the pairs' ratios. Processes of all files are started in
-turn, with SNAP and quadratic SNAP of Zuo et al. (2020), built into LAMMPS, as the yardstick.
+some steps without uncertainty and as many with it, in turn: the two of a pair meet the same
+machine, and what uncertainty costs is the median of the pairs' ratios. Processes of all files are
+started in turn, with SNAP and quadratic SNAP of Zuo et al. (2020), built into LAMMPS, as the
+yardstick.
 Processor time; read it as ratios.
 """
 
@@ -122,8 +123,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path, nargs="+", metavar="hl.pt")
     parser.add_argument("--element", choices=CRYSTALS, default="Cu")
-    parser.add_argument("--steps", type=int, default=10, help="of a measurement")
-    parser.add_argument("--pairs", type=int, default=8, help="measurements of a process")
+    parser.add_argument("--steps", type=int, default=40, help="of a measurement")
+    parser.add_argument("--pairs", type=int, default=4, help="measurements of a process")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()

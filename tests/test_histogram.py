@@ -105,6 +105,19 @@ def test_entropy_floor_of_a_perfect_prediction_and_ceiling():
     assert float(histogram.entropy(certain)) == 0.0
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
+def test_entropy_of_logits_is_that_of_their_softmax_wherever_they_stand(offset):
+    for size in (0.0, 1.0, 30.0, 1000.0):
+        logits = size * torch.randn(50, BINS, dtype=torch.float64)
+        expected = histogram.entropy(torch.softmax(logits, -1))
+        found = histogram.entropy_of_logits(logits + offset)
+        # an offset of 1e4 leaves 1e-12 of a logit
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-10)
+        single = histogram.entropy_of_logits(logits.float())
+        torch.testing.assert_close(single.double(), expected, rtol=0.0, atol=1e-6 * (1.0 + size))
+    assert float(histogram.entropy_of_logits(torch.tensor([0.0, -1e30]))) == 0.0
+
+
 def test_spread_far_below_one_bin_is_invisible_in_the_entropy():
     """Extra spread s gives 1/2 ln[2 pi e (0.6458 + s^2)]: choose the width against the error."""
     for spread in (0.05, 0.5, 2.0):
