@@ -76,7 +76,7 @@ def randomize(potential, structures, elements, seed):
                 for parameter in method.parameters():
                     parameter.copy_(noise(parameter, 0.3))
         for part in head.parts():
-            part.scale.fill_(0.2)
+            part.scale.fill_(0.4)
             part.anchor.element_bias.weight.copy_(noise(part.anchor.element_bias.weight, 0.5))
             if isinstance(part, HistogramEnergy):
                 head.set_bin_width(0.02)

@@ -151,7 +151,7 @@ def runs(network_folder):
 @pytest.mark.parametrize("name", CASES)
 def test_last_step_equals_python_after(runs, name, model):
     frame = check(runs, f"{model}.{name}", model)
-    assert np.abs(frame["fx"]).max() > 0.05
+    assert np.abs(frame["fx"]).max() > 0.1
     before = STRUCTURES[CASES[name][0]]
     if name not in ("lost", "gcmc"):
         moved = frame.positions - before.positions
@@ -176,15 +176,14 @@ def test_same_trajectory_as_plain_verlet(runs, name, model):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", ["npt", "npt_tri"])
 def test_barostat_conserves_its_energy(runs, name, model):
-    _, _, volume, first = np.loadtxt(runs / f"{model}.{name}.first")
-    step, _, new_volume, final = np.loadtxt(runs / f"{model}.{name}.last")
-    assert step == 40
-    pressure = read_totals(runs, f"{model}.{name}")[1:4].sum() / (3 * new_volume)
-    work = abs(pressure * (new_volume - volume))
+    _, potential, volume, first = np.loadtxt(runs / f"{model}.{name}.first")
+    step, new_potential, new_volume, final = np.loadtxt(runs / f"{model}.{name}.last")
+    assert step == 40 and abs(new_volume / volume - 1) > 0.05
     # what is left is the error of the time step, of second order; aniso and tri only, because
     # LAMMPS's iso changes this number at any time step, with lj/cut too
-    assert work > 0.03
-    assert abs(final - first) < 0.01 * work
+    exchanged = abs(new_potential - potential)
+    assert exchanged > 0.3
+    assert abs(final - first) < 0.01 * exchanged
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -425,7 +424,7 @@ def test_atoms_in_one_place_stop_the_run_with_step_rank_and_atoms(network_folder
     result = run_lammps(start(model) + load("liquid") + OVERLAP, network_folder, RANKS)
     assert result.returncode != 0
     found = re.search(r" of atom .* is not a finite number on step 0, rank \d.*", result.stdout)
-    assert found
+    assert found, result.stdout[-1500:] + result.stderr[-500:]
     if model.startswith("local"):  # messages carry it on to atoms of any rank
         for words in ("rank 1", "closest are atom 46 and atom 47, 0 Angstrom apart"):
             assert words in found.group(0)

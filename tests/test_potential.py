@@ -113,7 +113,7 @@ def test_forces_are_minus_the_energys_gradient(potential, structure_factory):
             energies.append(total_energy(potential, moved))
         numeric = -(energies[0] - energies[1]) / (2 * step)
         assert forces[atom, axis] == pytest.approx(numeric, rel=1e-5, abs=1e-6)
-    assert np.abs(forces).max() > 0.02  # there was something to compare
+    assert np.abs(forces).max() > 0.05  # there was something to compare
     np.testing.assert_allclose(forces.sum(0), 0.0, atol=1e-11)
 
 
