@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import matplotlib
+from adjustText import adjust_text
 from front_peers import MAKERS
 from front_rows import CRYSTALS, Row
 from provenance import one_line
@@ -203,6 +204,7 @@ def figure(element: str, found: Mapping[Row, Result], timings: Result, path: Pat
             best = sorted(place[row] for row in on_front(place))
             panel.plot(*zip(*best, strict=True), color=MUTED, lw=0.8, zorder=0)
             labelled = set()
+            labels = []
             for row, (x, y) in place.items():
                 maker, times = row.potential.maker, times_of(row, timings)
                 color = COLORS[maker]
@@ -217,15 +219,15 @@ def figure(element: str, found: Mapping[Row, Result], timings: Result, path: Pat
                     label=None if maker in labelled else NAMES[maker],
                 )  # fmt: skip
                 labelled.add(maker)
-                offset = (5, -9) if row.name.endswith("-scalar") else (5, 4)  # beside its twin
-                panel.annotate(
-                    row.name, (x, y), xytext=offset, textcoords="offset points", fontsize=7
-                )
+                labels.append(panel.text(x, y, row.name, fontsize=7))
             panel.set(xscale="log", yscale="log", xlabel="µs of one core per atom and step")
             for axis in (panel.xaxis, panel.yaxis):
                 axis.set_major_formatter("{x:g}")
                 axis.set_minor_locator(LogLocator(subs=(2, 5)))
                 axis.set_minor_formatter("{x:g}")
+            thin = {"arrowstyle": "-", "color": MUTED, "lw": 0.5}
+            around = tuple(zip(*place.values(), strict=True))
+            adjust_text(labels, *around, ax=panel, expand=(1.3, 1.8), arrowprops=thin)
         panels[0].set(ylabel="force RMSE (meV/Å)", title=element)
         panels[1].set(ylabel="energy RMSE (meV/atom)")
         panels[0].legend()
