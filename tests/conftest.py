@@ -95,7 +95,7 @@ def randomize(potential, structures, elements, seed):
             features = potential.backbone(batch)
             x = invariants(features)
             distance.mean.copy_(x.mean(0) + noise(distance.mean, 0.1))
-            distance.whiten.add_(noise(distance.whiten, 0.2))
+            distance.whiten.add_(noise(distance.whiten, 0.2).tril())
             values = distance(x, batch["species"])
             distance.median.copy_(values.median())
             promise(methods["scales"], values / distance.median)

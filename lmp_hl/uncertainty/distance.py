@@ -15,7 +15,7 @@ class FeatureDistance(nn.Module):
 
     d_i = |L_z^T (x_i - mu_z)| / sqrt(num_features), divided by its median over the validation
     frames. x are the scalars and the norms of the tensors of degree >= 1; L_z L_z^T is the inverse
-    of the regularised covariance.
+    of the regularised covariance, L_z lower triangular.
     """
 
     mean: Tensor
@@ -40,8 +40,14 @@ class FeatureDistance(nn.Module):
         return out
 
     def _of_element(self, x: Tensor, element: int) -> Tensor:
-        white = (x - self.mean[element]) @ self.whiten[element]
-        return (white.pow(2).mean(1) + 1e-12).sqrt() / self.median
+        centered, factor = x - self.mean[element], self.whiten[element]
+        size = x.shape[1]
+        block = (size + 3) // 4  # columns; of four blocks 5/8 of the product is not zero
+        total = torch.zeros_like(x[:, 0])
+        for first in range(0, size, block):
+            white = centered[:, first:] @ factor[first:, first : first + block]
+            total = total + white.pow(2).sum(1)
+        return (total / size + 1e-12).sqrt() / self.median
 
     def fit(self, seen: Atoms) -> None:
         """Mean and inverse covariance of the features of the training frames, per element.
