@@ -45,8 +45,8 @@ class Stages(nn.Module):
         num_members: K.
         num_layers: 1 strictly local, more message passing.
         num_features: F.
-        num_shared: S, numbers that an edge carries to its neighbour: a weight, after as many
-            values times that weight as fields want the neighbours' mean of; or none.
+        num_shared: S, numbers that an edge carries to its neighbour: its weight times the values
+            that fields want the neighbours' mean of.
     """
 
     fields: list[str]
@@ -68,7 +68,6 @@ class Stages(nn.Module):
         self.value_names = [_value_names(potential) for potential in ensemble.potentials()]
         shared = [names for potential in ensemble.potentials() for names in potential.shared]
         self.num_shared = sum(len(names) for names in shared)
-        self.num_shared += self.num_shared > 0
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """The last stage without fields."""
@@ -111,8 +110,8 @@ class Stages(nn.Module):
     def final(self, inputs: list[Tensor], with_fields: bool) -> list[Tensor]:
         """Energies of the centres (n, K), float64, eV, and their sums' gradients as in layer_vjp.
 
-        With fields two more, model dtype: values (n, P) for `finish`, and (e, S) what each edge
-        carries to its neighbour.
+        With fields two more, model dtype: values (n, P) for `finish`, with the sum of the edges'
+        weights as the last if S > 0, and (e, S) what each edge carries to its neighbour.
         """
         t = self.num_layers - 1
         energies: list[Tensor] = []
@@ -137,9 +136,11 @@ class Stages(nn.Module):
             centers, vectors = inputs[2 if t == 0 else 1][0], inputs[3 if t == 0 else 2].detach()
             on_edges = vectors.new_zeros((vectors.shape[0], 0))
             if len(shared) > 0:
-                shared.append(torch.ones_like(shared[0]))
-                weights = neighbor_weights(vectors, self.cutoff).unsqueeze(1)
-                on_edges = weights * torch.stack(shared, 1).index_select(0, centers)
+                weights = neighbor_weights(vectors, self.cutoff)
+                shares = torch.stack(shared, 1).index_select(0, centers)
+                on_edges = weights.unsqueeze(1) * shares
+                # of an atom's edges that come in as of those that go out
+                carried.append(torch.zeros_like(shared[0]).index_add(0, centers, weights))
             if len(carried) > 0:
                 out.append(torch.stack(carried, 1))
             else:
@@ -174,8 +175,7 @@ class Stages(nn.Module):
                 values.append(of_one)
             means: list[Tensor] = []
             for value in member.shared_values(values):
-                total, weight = sums[:, shared].to(value.dtype), sums[:, -1].to(value.dtype)
-                means.append(weighted_mean(value, total, weight))
+                means.append(weighted_mean(value, sums[:, shared].to(value.dtype), columns[-1]))
                 shared += 1
             fields.append(member.finish(values, means, species))
         merged = self.ensemble.fields(fields, energies, sums[:, :first], species)

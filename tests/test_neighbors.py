@@ -121,8 +121,8 @@ def test_a_neighbour_that_comes_in_changes_the_mean_gradually(with_shared):
 @pytest.mark.parametrize("dtype, tolerance", [("float64", EXACT), ("float32", 1e-4)])
 def test_stages_give_what_one_pass_gives(with_shared, preset, dtype, tolerance):
     members = [with_shared(preset, dtype), with_shared(preset, dtype, 1, ("shared",))]
-    # two values of the method above, one of scales, and the weight
-    for ensemble, num_shared in ((Ensemble(members[:1]), 4), (Ensemble(members), 6)):
+    # two values of the method above and one of scales
+    for ensemble, num_shared in ((Ensemble(members[:1]), 3), (Ensemble(members), 5)):
         parts = stages.Stages(ensemble)
         assert parts.num_shared == num_shared
         assert set(FIELDS) <= set(parts.fields)
