@@ -65,11 +65,11 @@ def spd_exponential(g: Tensor) -> Tensor:
 
 
 def _powers(x: Tensor, number: int) -> Tensor:
-    """1, x, x^2, ... (n, number) of x (n,); products, because pow is slow."""
+    """1, x, x^2, ... (number, n) of x (n,); products, because pow is slow."""
     found = [torch.ones_like(x), x]
     for k in range(2, number):
         found.append(found[k // 2] * found[k - k // 2])
-    return torch.stack(found, 1)
+    return torch.stack(found)
 
 
 class ForceShape(NamedTuple):
@@ -131,11 +131,13 @@ class ForceDistribution(nn.Module):
 
     def forward(self, tensors: Tensor) -> ForceShape:
         """What the features say of an atom's errors; tensors of Features."""
-        t = torch.matmul(tensors[4:9], self.shape_weight / self.tensor_rms)
-        g = (t.t() @ self.cartesian.flatten(1)).reshape(-1, 3, 3)
+        # numbers of all atoms side by side: loops over 3 x 3 are slow when compiled
+        t = torch.matmul(tensors[4:9], self.shape_weight) / self.tensor_rms
+        g = (self.cartesian.flatten(1).t() @ t).t().reshape(-1, 3, 3)
         # bounded, so that no feature far from the data can make the ellipsoid a needle
         norm = g.pow(2).sum((1, 2), keepdim=True)
-        square = (tensors[1:4] / self.vector_rms).pow(2).sum(0).mean(1)
+        weights = self.vector_rms.pow(-2) / self.vector_rms.shape[0]
+        square = torch.matmul(tensors[1:4].pow(2).sum(0), weights)
         damping = (square + self.symmetric[0]) / (square + self.symmetric[1])
         return ForceShape(g / (1.0 + norm).sqrt(), damping.sqrt())
 
@@ -147,7 +149,7 @@ class ForceDistribution(nn.Module):
         """Trace of C = exp(G), (num_atoms,), from the two invariants of G; see _trace_series."""
         p = 0.5 * generator.pow(2).sum((1, 2))
         q = (torch.linalg.cross(generator[:, 0], generator[:, 1]) * generator[:, 2]).sum(1)
-        return ((_powers(p, 8) @ self.trace_series) * _powers(q, 5)).sum(1)
+        return ((self.trace_series.t() @ _powers(p, 8)) * _powers(q, 5)).sum(0)
 
     def entropy(self, std: Tensor) -> Tensor:
         """Of one component's error in the model's bins, isotropic part, (num_atoms,), nats.
