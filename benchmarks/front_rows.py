@@ -59,7 +59,6 @@ def _ours(
 POTENTIALS: Final[dict[str, Potential]] = {
     "local-16": _ours("local", 16, l_max=2),
     "local-64": _ours("local", 64),
-    "local-128": _ours("local", 128),
     "local-64-scalar": _ours("local", 64, head="scalar"),
     "mp-8": _ours("mp", 8, l_max=2, cutoff=3.5, hidden=16, message_channels=2, num_bins=64),
     "mp-16": _ours("mp", 16, cutoff=3.5),
