@@ -173,8 +173,8 @@ class Potential(nn.Module):
 
         Args:
             inputs: tensors of keys.py.
-            with_fields: also return the uncertainty fields; for those that depend on the
-                neighbours' values only owned neighbours count.
+            with_fields: also return the uncertainty fields; where they depend on values of the
+                neighbours, those of neighbours that are not owned are missing (stages.py).
             keep_graph: keep gradients of gradients (training, forces that depend on a field).
 
         Returns:
@@ -200,9 +200,7 @@ class Potential(nn.Module):
         if with_fields:
             num_edges = int(inputs[keys.LAYER_EDGES][-1])
             edges = inputs[keys.EDGE_INDEX][:, :num_edges]
-            owned = torch.nonzero(edges[1] < species.shape[0]).squeeze(1)
-            weights = neighbor_weights(vectors.index_select(0, owned), self.backbone.radial.cutoff)
-            edges = edges.index_select(1, owned)
+            weights = neighbor_weights(vectors[:num_edges], self.backbone.radial.cutoff)
             out.update(self.fields(features, energy, species, edges, weights))
             for _, method in self.methods.items():
                 out.update(method.of_frame(features, energy, species))

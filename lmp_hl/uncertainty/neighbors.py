@@ -5,6 +5,7 @@ matters to its error. The mean is taken of values of the atoms themselves: an ed
 centre contributes to its neighbour, as it carries a force.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -45,13 +46,15 @@ def neighbor_mean(values: Tensor, edge_index: Tensor, edge_weights: Tensor) -> T
     Args:
         values: (num_atoms,).
         edge_index: (2, num_edges), every pair both ways; an atom may neighbour its own images.
+            Neighbours beyond num_atoms have weights, but what they add to the sums is missing.
         edge_weights: (num_edges,), see neighbor_weights.
 
     Returns:
         (num_atoms,)
     """
     zeros = values.new_zeros(values.shape[0])
+    known = torch.nonzero(edge_index[1] < values.shape[0]).squeeze(1)
     carried = edge_weights * values.index_select(0, edge_index[0])
-    sums = zeros.index_add(0, edge_index[1], carried)
-    weights = zeros.index_add(0, edge_index[1], edge_weights)
+    sums = zeros.index_add(0, edge_index[1].index_select(0, known), carried.index_select(0, known))
+    weights = zeros.index_add(0, edge_index[0], edge_weights)
     return weighted_mean(values, sums, weights)
